@@ -70,7 +70,7 @@ _PAIRS = ("batch", "head", "query", "key")
 PARTS: dict[Part, PartInfo] = {
     Part.EMBED: PartInfo("what enters the first block", _RESID, "linear", "hook_embed", per_layer=False),
     Part.RESID_PRE: PartInfo("residual stream entering the block", _RESID, "linear", "blocks.{layer}.hook_resid_pre"),
-    Part.ATTN_IN: PartInfo("normed input of attention", _RESID, "linear", "blocks.{layer}.ln1.hook_normalized"),
+    Part.ATTN_IN: PartInfo("normed input of attention", _RESID, "linear", None),
     Part.Q: PartInfo("queries, before rotary embedding", _HEADS, "linear", "blocks.{layer}.attn.hook_q"),
     Part.K: PartInfo("keys, before rotary embedding", _KV, "linear", "blocks.{layer}.attn.hook_k"),
     Part.V: PartInfo("values", _KV, "linear", "blocks.{layer}.attn.hook_v"),
@@ -83,7 +83,7 @@ PARTS: dict[Part, PartInfo] = {
     Part.RESID_MID: PartInfo(
         "residual stream between attention and MLP", _RESID, "linear", "blocks.{layer}.hook_resid_mid"
     ),
-    Part.MLP_IN: PartInfo("normed input of the MLP", _RESID, "linear", "blocks.{layer}.ln2.hook_normalized"),
+    Part.MLP_IN: PartInfo("normed input of the MLP", _RESID, "linear", None),
     Part.GATE_PRE: PartInfo(
         "x @ W_gate, before the gate's non-linearity", _MLP, "pre", "blocks.{layer}.mlp.hook_pre", ("mlp_pre",)
     ),
@@ -103,7 +103,7 @@ PARTS: dict[Part, PartInfo] = {
     ),
     Part.MLP_OUT: PartInfo("what the MLP adds to the stream", _RESID, "linear", "blocks.{layer}.hook_mlp_out"),
     Part.RESID_POST: PartInfo("residual stream leaving the block", _RESID, "linear", "blocks.{layer}.hook_resid_post"),
-    Part.FINAL_NORM: PartInfo("normed stream the unembedding reads", _RESID, "linear", "ln_final.hook_normalized", per_layer=False),
+    Part.FINAL_NORM: PartInfo("normed stream the unembedding reads", _RESID, "linear", None, per_layer=False),
     Part.LOGITS: PartInfo("next-token logits", ("batch", "pos", "d_vocab"), "linear", None, per_layer=False),
     Part.MODULE: PartInfo("what a module returns, or takes (`path@input`)", ("...",), "linear", None, per_layer=False),
 }

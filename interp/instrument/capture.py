@@ -1,0 +1,306 @@
+"""Capture: activations at named sites, as they were when the model computed them.
+
+    with capture(model, ["resid_post.*", "gate.3"]) as acts:
+        model(tokens)
+    acts["gate.3"]          # (batch, pos, d_mlp)
+
+The model is not changed and no number moves. The forward ends after the deepest site asked for (`stop=True`); a site
+that never fires is an error; nothing stays hooked, also after an exception. While `model.generate` runs, the calls of
+one generation are joined along the position axis, each position once, whether or not the key-value cache is on.
+
+Values of a known family are kept by reference, which costs nothing, and their version is checked when the capture
+ends: a model that writes into an activation afterwards is an error that asks for `snapshot=True`. Module-path sites
+are copied, since any network may work in place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from interp.core.errors import InterpError, NeverFiredError, unknown
+from interp.core.sites import Part, Site
+from interp.instrument.select import At, Scope, check_scope, columns, selected
+from interp.models.model import LoadedModel
+from interp.models.views import read
+
+
+@dataclass
+class _Record:
+    """One firing of one site."""
+
+    value: Tensor
+    raw: Tensor | None
+    """Kept only when gradients are wanted."""
+    where: Tensor
+    """Absolute positions of the value's position axis."""
+    version: int | None
+    """Version counter of a value kept by reference."""
+
+
+@dataclass(frozen=True)
+class CaptureReceipt:
+    """What a capture saw."""
+
+    calls: dict[str, int]
+    """How often each site fired."""
+    n_tokens: int
+    """Token positions kept per site, at most."""
+    n_bytes: int
+    seconds: float
+
+
+@dataclass
+class Activations:
+    """What a capture holds. Index by site or name."""
+
+    model: LoadedModel
+    sites: list[Site]
+    _records: dict[Site, list[_Record]] = field(default_factory=dict[Site, list[_Record]])
+    receipt: CaptureReceipt | None = None
+    _joined: bool = False
+
+    def __getitem__(self, site: str | Site) -> Tensor:
+        """The activation of a site that fired once (or in one generation)."""
+        records = self._of(site)
+        if len(records) > 1:
+            raise InterpError(f"{site} fired {len(records)} times; acts.calls({str(site)!r}) lists them in order")
+        return records[0].value
+
+    def calls(self, site: str | Site) -> list[Tensor]:
+        """One tensor per firing, in order: a module used several times, or several forwards in one capture."""
+        return [record.value for record in self._of(site)]
+
+    def grad(self, site: str | Site) -> Tensor:
+        """Gradient that reached the site in the last backward pass; needs capture(grad=True)."""
+        record = self._of(site)[-1]
+        if record.raw is None:
+            raise InterpError(f"gradients were not asked for; use capture(model, [{str(site)!r}], grad=True)")
+        if record.raw.grad is None:
+            raise InterpError(f"no gradient has reached {site}: call backward() on something that depends on it first")
+        resolved = self.model.table.one(site)
+        reach = self.model.table.reach(resolved)
+        if reach.side == "attention":
+            return record.raw.grad
+        return read(reach, record.raw.grad, self.model.table.n_split(reach))
+
+    def stack(self, pattern: str) -> Tensor:
+        """Sites of equal shape stacked along a new first axis, in layer order."""
+        return torch.stack([self[site] for site in self.model.resolve(pattern)])
+
+    def items(self) -> Iterator[tuple[Site, Tensor]]:
+        for site in self.sites:
+            yield site, self[site]
+
+    def __contains__(self, site: str | Site) -> bool:
+        return any(s in self._records for s in self.model.resolve(site))
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def _of(self, site: str | Site) -> list[_Record]:
+        resolved = self.model.table.one(site)
+        if resolved not in self._records:
+            if resolved in self.sites:
+                raise NeverFiredError(f"{resolved} has not fired yet: call the model inside the capture")
+            raise unknown("captured site", str(resolved), map(str, self.sites))
+        return self._records[resolved]
+
+
+class _Capture:
+    """Collects what the hub's readers bring."""
+
+    def __init__(self, model: LoadedModel, sites: list[Site], options: _Options) -> None:
+        self.model, self.options = model, options
+        self.acts = Activations(model, sites)
+        self.generated: dict[Site, list[_Record]] = {}
+
+    def reader(self, site: Site, value: Tensor, raw: Tensor) -> None:
+        options, call = self.options, self.model.hub.call
+        axis = _position_axis(site, value)
+        if options.grad:
+            raw.requires_grad_() if not raw.requires_grad else raw.retain_grad()
+            axis_length = value.shape[axis] if axis is not None else 0
+            self._keep(site, _Record(_again(self.model, site, raw), raw, torch.arange(axis_length), None))
+            return
+        where = columns(call, value.shape[axis]) if axis is not None else torch.arange(0)
+        kept, picked = value, False
+        if axis is not None and (options.at is not None or call is not None and call.prompt is not None):
+            kept, where = self._pick(site, value, where, axis)
+            picked = True
+        moved = kept.to(dtype=options.dtype or kept.dtype, device=options.device or kept.device)
+        version = None
+        if moved is value or (moved is kept and not picked):
+            moved, version = (moved.clone(), None) if self._must_copy(site, value) else (moved, value._version)
+        self._keep(site, _Record(moved.detach(), None, where, version))
+
+    def _must_copy(self, site: Site, value: Tensor) -> bool:
+        """By reference only where nothing larger is kept alive and the table is known not to work in place."""
+        larger = value.untyped_storage().nbytes() > 1.5 * value.numel() * value.element_size()
+        return self.options.snapshot or site.part is Part.MODULE or larger or value.is_inference()
+
+    def _pick(self, site: Site, value: Tensor, where: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Copy of the wanted positions; while generating, only those not seen before."""
+        call, options = self.model.hub.call, self.options
+        mask = selected(options.at, options.scope, call, value.shape[0], value.shape[axis])
+        if call is not None and call.prompt is not None:
+            seen = self.generated.get(site)
+            first_new = int(seen[-1].where[-1]) + 1 if seen and len(seen[-1].where) else 0
+            mask = mask & (where >= first_new)
+        counts = mask.sum(1)
+        if int(counts.min()) != int(counts.max()):
+            raise InterpError(f"rows of {site} would keep unequal numbers of positions; give one position per row or none")
+        index = mask.nonzero()[:, 1].view(value.shape[0], -1).to(value.device)
+        moved = value.movedim(axis, 1)
+        gather = index.view(*index.shape, *[1] * (moved.ndim - 2)).expand(-1, -1, *moved.shape[2:])
+        return moved.gather(1, gather).movedim(1, axis), where[index[0].cpu()] if len(index) else where[:0]
+
+    def _keep(self, site: Site, record: _Record) -> None:
+        call = self.model.hub.call
+        if call is not None and call.prompt is not None:
+            if len(record.where):
+                self.generated.setdefault(site, []).append(record)
+            self.acts._records.setdefault(site, [])  # pyright: ignore[reportPrivateUsage]
+            return
+        self.acts._records.setdefault(site, []).append(record)  # pyright: ignore[reportPrivateUsage]
+
+    def waits(self) -> bool:
+        """Whether some site has not fired yet, or the capture wants the whole forward."""
+        return not self.options.stop or any(site not in self._fired() for site in self.acts.sites)
+
+    def _fired(self) -> dict[Site, list[_Record]]:
+        return self.acts._records  # pyright: ignore[reportPrivateUsage]
+
+    def finish(self, seconds: float) -> None:
+        """Join what a generation brought, check that nothing was overwritten and nothing is missing."""
+        fired = self._fired()
+        for site, records in self.generated.items():
+            axis = _position_axis(site, records[0].value)
+            fired[site] = [*fired.get(site, []), _join(records, axis if axis is not None else 1)]
+        missing = [site for site in self.acts.sites if not fired.get(site)]
+        if missing:
+            raise NeverFiredError(
+                f"{len(missing)} of {len(self.acts.sites)} sites never fired, first {missing[0]}: call the model inside "
+                f"the capture, with a path that runs this module (scope={self.options.scope!r})"
+            )
+        for site, records in fired.items():
+            for record in records:
+                if record.version is not None and record.value._version != record.version:
+                    raise InterpError(f"{site} was overwritten in place after it was captured; pass snapshot=True")
+        values = [record.value for records in fired.values() for record in records]
+        self.acts.receipt = CaptureReceipt(
+            calls={str(site): len(fired[site]) for site in self.acts.sites},
+            n_tokens=max((len(r.where) * r.value.shape[0] for rs in fired.values() for r in rs if r.value.ndim), default=0),
+            n_bytes=sum(value.numel() * value.element_size() for value in values),
+            seconds=seconds,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    at: At
+    heads: Sequence[int] | None
+    grad: bool
+    stop: bool
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    scope: Scope
+    snapshot: bool
+
+
+def _position_axis(site: Site, value: Tensor) -> int | None:
+    if site.part is Part.MODULE:
+        return 1 if value.ndim == 3 else None
+    return next((i for i, axis in enumerate(site.info.axes) if axis in ("pos", "query")), None)
+
+
+def _again(model: LoadedModel, site: Site, raw: Tensor) -> Tensor:
+    """The site's view of a raw tensor that takes part in the graph."""
+    reach = model.table.reach(site)
+    return raw if reach.side == "attention" else read(reach, raw, model.table.n_split(reach))
+
+
+def _join(records: list[_Record], axis: int) -> _Record:
+    """Positions of several calls after another; patterns are padded with zeros to the longest key axis."""
+    values = [record.value for record in records]
+    n_last = max(value.shape[-1] for value in values)
+    padded = [torch.nn.functional.pad(value, (0, n_last - value.shape[-1])) for value in values]
+    return _Record(torch.cat(padded, dim=axis), None, torch.cat([record.where for record in records]), None)
+
+
+@contextmanager
+def capture(
+    model: LoadedModel,
+    sites: str | Site | Iterable[str | Site],
+    *,
+    positions: At = None,
+    heads: int | Sequence[int] | None = None,
+    grad: bool = False,
+    stop: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    scope: Scope = "all",
+    snapshot: bool = False,
+) -> Iterator[Activations]:
+    """Capture sites of every forward of `model` inside the block.
+
+    positions: which tokens to keep (see `interp.instrument.select`); fewer tokens are copied, so that the rest is freed.
+    heads: which heads of sites with a head axis; scores and patterns are recomputed for these alone.
+    grad: keep the values in the graph; after backward, `acts.grad(site)`.
+    stop: end a forward called through `model` after the deepest site; module-path sites run it to the end.
+    scope: while generating, `prompt`, `new` (tokens fed back) or `all`.
+    Raises SiteError for unknown sites, NeverFiredError if a site did not fire, InterpError if a value was overwritten.
+    """
+    check_scope(scope)
+    found = model.resolve(sites)
+    if not found:
+        raise InterpError("no sites were asked for; model.sites() lists them")
+    if grad and (positions is not None or heads is not None or dtype is not None or device is not None):
+        raise InterpError("grad=True keeps whole tensors where they are; drop positions, heads, dtype and device")
+    chosen = _heads(model, found, heads)
+    options = _Options(
+        at=positions, heads=chosen, grad=grad, dtype=dtype, device=device, scope=scope, snapshot=snapshot,
+        stop=stop and not grad and all(site.part is not Part.MODULE for site in found),
+    )  # fmt: skip
+    collector = _Capture(model, found, options)
+    undo = [
+        model.hub.add_reader(
+            site,
+            lambda value, raw, site=site: collector.reader(site, value, raw),
+            chosen if _has_heads(site) else None,
+        )
+        for site in found
+    ]
+    model.hub.pending.append(collector.waits)
+    model.wants_grad += grad
+    started = time.perf_counter()
+    try:
+        yield collector.acts
+        collector.finish(time.perf_counter() - started)
+    finally:
+        model.wants_grad -= grad
+        model.hub.pending.remove(collector.waits)
+        for remove in undo:
+            remove()
+
+
+def _has_heads(site: Site) -> bool:
+    return bool({"head", "kv_head"} & set(site.info.axes))
+
+
+def _heads(model: LoadedModel, sites: list[Site], heads: int | Sequence[int] | None) -> list[int] | None:
+    if heads is None:
+        return None
+    listed = [heads] if isinstance(heads, int) else list(heads)
+    for site in filter(_has_heads, sites):
+        size = model.dims.size("kv_head" if "kv_head" in site.info.axes else "head") or 0
+        if any(not 0 <= head < size for head in listed):
+            raise InterpError(f"{site} has heads 0 to {size - 1}, asked for {listed}")
+    if not any(map(_has_heads, sites)):
+        raise InterpError(f"heads={listed} was given, but no site asked for has a head axis (z, q, k, v, pattern)")
+    return listed

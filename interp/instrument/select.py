@@ -1,0 +1,95 @@
+"""Positions: which tokens a capture keeps or an edit touches.
+
+`None` is every position, an int or a list of ints are positions of every row (negative ones count from the end), an
+integer tensor (batch,) is one position per row, a bool tensor (batch, pos) is a mask, and `last` is each row's last
+real token of the prompt, padding left aside. Positions are columns of the input, absolute also while generating.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from interp.core.errors import InterpError
+from interp.models.hub import Call
+
+
+class Last(Enum):
+    """The type of `last`."""
+
+    LAST = "last"
+
+    def __repr__(self) -> str:
+        return "last"
+
+
+last = Last.LAST
+"""Each row's last real token of the prompt."""
+
+At = None | int | Sequence[int] | Tensor | Last
+Scope = Literal["prompt", "new", "all"]
+
+
+def check_scope(scope: str) -> None:
+    if scope not in ("prompt", "new", "all"):
+        raise InterpError(f"scope={scope!r} is unknown; choose prompt, new or all")
+
+
+def columns(call: Call | None, n_pos: int) -> Int[Tensor, "pos"]:
+    """Absolute positions of the columns of this forward."""
+    past = call.past if call else 0
+    return torch.arange(past, past + n_pos)
+
+
+def selected(at: At, scope: Scope, call: Call | None, n_rows: int, n_pos: int) -> Bool[Tensor, "batch pos"]:
+    """The mask of what is meant, over the columns of this forward."""
+    where = columns(call, n_pos)
+    prompt = call.prompt if call and call.prompt is not None else int(where[-1]) + 1
+    chosen = _at(at, where, call, n_rows, prompt)
+    if scope == "prompt":
+        chosen = chosen & (where < prompt)
+    elif scope == "new":
+        chosen = chosen & (where >= prompt)
+    return chosen
+
+
+def _at(at: At, where: Tensor, call: Call | None, n_rows: int, prompt: int) -> Tensor:
+    every = torch.ones(n_rows, len(where), dtype=torch.bool)
+    if at is None:
+        return every
+    if isinstance(at, Last):
+        at = last_real(call, n_rows, prompt)
+    if isinstance(at, Tensor) and at.dtype == torch.bool:
+        return _masked(at, where, n_rows, prompt)
+    if isinstance(at, Tensor) and at.ndim == 1:
+        if len(at) != n_rows:
+            raise InterpError(f"at has {len(at)} positions, one per row, but the input has {n_rows} rows")
+        return where[None] == _wrap(at.cpu(), prompt)[:, None]
+    listed = torch.as_tensor([at] if isinstance(at, int) else list(at), dtype=torch.long)
+    return every & torch.isin(where, _wrap(listed, prompt))
+
+
+def _masked(at: Tensor, where: Tensor, n_rows: int, prompt: int) -> Tensor:
+    if at.ndim != 2 or at.shape[0] not in (1, n_rows) or at.shape[1] != prompt:
+        raise InterpError(f"the mask has shape {tuple(at.shape)}, expected (batch, pos) = ({n_rows}, {prompt})")
+    inside = at.cpu()[:, where.clamp_max(prompt - 1)] & (where < prompt)
+    return inside.expand(n_rows, -1)
+
+
+def _wrap(positions: Tensor, n: int) -> Tensor:
+    if len(positions) and (int(positions.max()) >= n or int(positions.min()) < -n):
+        raise InterpError(f"position {positions.tolist()} is outside the input, which has positions 0 to {n - 1}")
+    return torch.where(positions < 0, positions + n, positions)
+
+
+def last_real(call: Call | None, n_rows: int, prompt: int) -> Int[Tensor, "batch"]:
+    """Column of each row's last real prompt token."""
+    if call is None or call.mask is None:
+        return torch.full((n_rows,), prompt - 1)
+    mask = call.mask[:, :prompt].cpu().long()
+    return (mask * torch.arange(1, mask.shape[1] + 1)).argmax(dim=1)

@@ -1,0 +1,145 @@
+"""Attention scores and patterns, recomputed beside the model's own attention.
+
+Transformers models call an attention function with (module, query, key, value, mask, ...). While a tap is on, that
+function is wrapped: the very same function still computes the output, so no number changes, and the tap sees the
+arguments. From these the scores and the pattern are recomputed for the heads asked for. Only if an edit changed a
+head's scores or pattern is that head's output replaced by `pattern @ values`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.core.errors import SiteError
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a module handed to its attention function. Rows of `key` and `value` are kv heads."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None
+    causal: bool
+
+    def scores(self, heads: Sequence[int] | None = None) -> Tensor:
+        """Masked scores (batch, head, query, key); masked entries hold the dtype's lowest value."""
+        group = self.query.shape[1] // self.key.shape[1]
+        chosen = list(range(self.query.shape[1])) if heads is None else list(heads)
+        query, key = self.query[:, chosen], self.key[:, [head // group for head in chosen]]
+        scores = query @ key.transpose(2, 3) * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        lowest = torch.finfo(scores.dtype).min
+        if self.mask is None:
+            if not self.causal:
+                return scores
+            n_query, n_key = scores.shape[-2:]
+            allowed = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device).tril(n_key - n_query)
+            return scores.masked_fill(~allowed, lowest)
+        mask = self.mask[..., : scores.shape[-1]]
+        mask = mask if mask.shape[1] == 1 else mask[:, chosen]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, lowest)
+        return (scores + mask).clamp_min(lowest)
+
+    def outputs(self, pattern: Tensor) -> Tensor:
+        """`pattern @ values` for all heads: (batch, query, head, d_head)."""
+        group = self.query.shape[1] // self.key.shape[1]
+        return (pattern @ self.value.repeat_interleave(group, dim=1)).transpose(1, 2)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Rows of attention weights, computed in float32 at least."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
+
+
+Tap = Callable[[AttentionCall, Tensor], Tensor]
+"""Takes the call and the output (batch, query, head, d_head); returns the output, changed or not."""
+
+_taps: dict[int, Tap] = {}
+_originals: dict[str, Any] = {}
+_lock = threading.RLock()
+_ABSENT = object()
+
+
+def tap(module: nn.Module, function: Tap) -> Callable[[], None]:
+    """Route the attention calls of one module through `function`; returns what undoes it."""
+    kind = _implementation(module)
+    with _lock:
+        _taps[id(module)] = function
+        if kind not in _originals:
+            _install(kind)
+
+    def undo() -> None:
+        with _lock:
+            _taps.pop(id(module), None)
+            if not _taps:
+                _uninstall()
+
+    return undo
+
+
+def _implementation(module: nn.Module) -> str:
+    kind = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if not isinstance(kind, str) or not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise SiteError(
+            f"{type(module).__name__} does not call its attention through transformers' attention interface; "
+            "scores and patterns cannot be recomputed for it, but q, k, v and z can be captured"
+        )
+    return kind
+
+
+def _interface() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def _install(kind: str) -> None:
+    interface = _interface()
+    original = interface.get(kind, _ABSENT) if kind in interface else _ABSENT
+    _originals[kind] = original
+
+    def wrapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        function = original
+        if function is _ABSENT:
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        output, weights = function(module, query, key, value, mask, **kwargs)
+        listener = _taps.get(id(module))
+        if listener is None:
+            return output, weights
+        scaling = kwargs.get("scaling")
+        causal = kwargs.get("is_causal")
+        call = AttentionCall(
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            softcap=kwargs.get("softcap"),
+            causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+        )
+        return listener(call, output), weights
+
+    interface[kind] = wrapped
+
+
+def _uninstall() -> None:
+    interface = _interface()
+    for kind in list(_originals):
+        del interface[kind]
+        original = _originals.pop(kind)
+        if original is not _ABSENT and interface.get(kind, _ABSENT) is not original:
+            interface[kind] = original

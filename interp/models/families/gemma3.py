@@ -1,0 +1,32 @@
+"""Gemma 3 (text): GeGLU MLP, norms before and after each sublayer, queries and keys normed, sliding-window layers.
+
+What a sublayer adds to the stream is the output of the norm after it, so `attn_out` and `mlp_out` are read there.
+`q` and `k` are read after their norm and before the rotary embedding.
+"""
+
+from interp.core.sites import Part
+from interp.models.families.llama import ATTENTION, BLOCK, ENDS, MLP, WEIGHTS
+from interp.models.table import Family, Reach
+
+FAMILY = Family(
+    name="gemma3",
+    model_types=("gemma3_text",),
+    blocks="model.layers",
+    parts={
+        **ENDS,
+        **ATTENTION,
+        **MLP,
+        Part.Q: Reach(path=f"{BLOCK}.self_attn.q_norm", head_major=True),
+        Part.K: Reach(path=f"{BLOCK}.self_attn.k_norm", head_major=True),
+        Part.ATTN_OUT: Reach(path=f"{BLOCK}.post_attention_layernorm"),
+        Part.RESID_MID: Reach(path=f"{BLOCK}.pre_feedforward_layernorm", side="input", carry=BLOCK),
+        Part.MLP_IN: Reach(path=f"{BLOCK}.pre_feedforward_layernorm"),
+        Part.MLP_OUT: Reach(path=f"{BLOCK}.post_feedforward_layernorm"),
+    },
+    weights=WEIGHTS,
+    act=f"{BLOCK}.mlp.act_fn",
+    down=f"{BLOCK}.mlp.down_proj",
+    out=f"{BLOCK}.self_attn.o_proj",
+    after_attn=f"{BLOCK}.post_attention_layernorm",
+    after_mlp=f"{BLOCK}.post_feedforward_layernorm",
+)

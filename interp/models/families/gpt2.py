@@ -1,0 +1,45 @@
+"""GPT-2: pre-norm blocks, learned positions, fused query-key-value projection, ungated GELU MLP (Conv1D weights)."""
+
+from interp.core.sites import Part
+from interp.models.table import Family, Reach, Weight
+
+BLOCK = "transformer.h.{layer}"
+
+FAMILY = Family(
+    name="gpt2",
+    model_types=("gpt2",),
+    blocks="transformer.h",
+    parts={
+        Part.EMBED: Reach(path="transformer.h.0", side="input"),
+        Part.RESID_PRE: Reach(path=BLOCK, side="input"),
+        Part.ATTN_IN: Reach(path=f"{BLOCK}.ln_1"),
+        Part.Q: Reach(path=f"{BLOCK}.attn.c_attn", heads="n_heads", chunk=(0, 3)),
+        Part.K: Reach(path=f"{BLOCK}.attn.c_attn", heads="n_kv_heads", chunk=(1, 3)),
+        Part.V: Reach(path=f"{BLOCK}.attn.c_attn", heads="n_kv_heads", chunk=(2, 3)),
+        Part.ATTN_SCORES: Reach(path=f"{BLOCK}.attn", side="attention"),
+        Part.PATTERN: Reach(path=f"{BLOCK}.attn", side="attention"),
+        Part.Z: Reach(path=f"{BLOCK}.attn.c_proj", side="input", heads="n_heads"),
+        Part.ATTN_OUT: Reach(path=f"{BLOCK}.attn"),
+        Part.RESID_MID: Reach(path=f"{BLOCK}.ln_2", side="input", carry=BLOCK),
+        Part.MLP_IN: Reach(path=f"{BLOCK}.ln_2"),
+        Part.NEURONS_PRE: Reach(path=f"{BLOCK}.mlp.c_fc"),
+        Part.NEURONS: Reach(path=f"{BLOCK}.mlp.c_proj", side="input"),
+        Part.MLP_OUT: Reach(path=f"{BLOCK}.mlp"),
+        Part.RESID_POST: Reach(path=BLOCK),
+        Part.FINAL_NORM: Reach(path="transformer.ln_f"),
+        Part.LOGITS: Reach(path="lm_head"),
+    },
+    weights={
+        "W_E": Weight(path="transformer.wte.weight", transpose=False),
+        "W_Q": Weight(path=f"{BLOCK}.attn.c_attn.weight", transpose=False, chunk=(0, 3)),
+        "W_K": Weight(path=f"{BLOCK}.attn.c_attn.weight", transpose=False, chunk=(1, 3)),
+        "W_V": Weight(path=f"{BLOCK}.attn.c_attn.weight", transpose=False, chunk=(2, 3)),
+        "W_O": Weight(path=f"{BLOCK}.attn.c_proj.weight", transpose=False, heads="n_heads"),
+        "W_in": Weight(path=f"{BLOCK}.mlp.c_fc.weight", transpose=False),
+        "W_down": Weight(path=f"{BLOCK}.mlp.c_proj.weight", transpose=False),
+        "W_U": Weight(path="lm_head.weight"),
+    },
+    act=f"{BLOCK}.mlp.act",
+    down=f"{BLOCK}.mlp.c_proj",
+    out=f"{BLOCK}.attn.c_proj",
+)

@@ -1,0 +1,59 @@
+"""Llama: pre-norm blocks, rotary grouped-query attention, SwiGLU MLP. Mistral and Qwen 2 share the layout."""
+
+from interp.core.sites import Part
+from interp.models.table import Family, Reach, Weight
+
+BLOCK = "model.layers.{layer}"
+
+ATTENTION = {
+    Part.RESID_PRE: Reach(path=BLOCK, side="input"),
+    Part.ATTN_IN: Reach(path=f"{BLOCK}.input_layernorm"),
+    Part.Q: Reach(path=f"{BLOCK}.self_attn.q_proj", heads="n_heads"),
+    Part.K: Reach(path=f"{BLOCK}.self_attn.k_proj", heads="n_kv_heads"),
+    Part.V: Reach(path=f"{BLOCK}.self_attn.v_proj", heads="n_kv_heads"),
+    Part.ATTN_SCORES: Reach(path=f"{BLOCK}.self_attn", side="attention"),
+    Part.PATTERN: Reach(path=f"{BLOCK}.self_attn", side="attention"),
+    Part.Z: Reach(path=f"{BLOCK}.self_attn.o_proj", side="input", heads="n_heads"),
+    Part.RESID_POST: Reach(path=BLOCK),
+}
+MLP = {
+    Part.GATE_PRE: Reach(path=f"{BLOCK}.mlp.gate_proj"),
+    Part.GATE: Reach(path=f"{BLOCK}.mlp.act_fn"),
+    Part.UP: Reach(path=f"{BLOCK}.mlp.up_proj"),
+    Part.NEURONS: Reach(path=f"{BLOCK}.mlp.down_proj", side="input"),
+}
+ENDS = {
+    Part.EMBED: Reach(path="model.layers.0", side="input"),
+    Part.FINAL_NORM: Reach(path="model.norm"),
+    Part.LOGITS: Reach(path="lm_head"),
+}
+WEIGHTS = {
+    "W_E": Weight(path="model.embed_tokens.weight", transpose=False),
+    "W_Q": Weight(path=f"{BLOCK}.self_attn.q_proj.weight"),
+    "W_K": Weight(path=f"{BLOCK}.self_attn.k_proj.weight"),
+    "W_V": Weight(path=f"{BLOCK}.self_attn.v_proj.weight"),
+    "W_O": Weight(path=f"{BLOCK}.self_attn.o_proj.weight", heads="n_heads"),
+    "W_gate": Weight(path=f"{BLOCK}.mlp.gate_proj.weight"),
+    "W_up": Weight(path=f"{BLOCK}.mlp.up_proj.weight"),
+    "W_down": Weight(path=f"{BLOCK}.mlp.down_proj.weight"),
+    "W_U": Weight(path="lm_head.weight"),
+}
+
+FAMILY = Family(
+    name="llama",
+    model_types=("llama", "mistral", "qwen2"),
+    blocks="model.layers",
+    parts={
+        **ENDS,
+        **ATTENTION,
+        **MLP,
+        Part.ATTN_OUT: Reach(path=f"{BLOCK}.self_attn"),
+        Part.RESID_MID: Reach(path=f"{BLOCK}.post_attention_layernorm", side="input", carry=BLOCK),
+        Part.MLP_IN: Reach(path=f"{BLOCK}.post_attention_layernorm"),
+        Part.MLP_OUT: Reach(path=f"{BLOCK}.mlp"),
+    },
+    weights=WEIGHTS,
+    act=f"{BLOCK}.mlp.act_fn",
+    down=f"{BLOCK}.mlp.down_proj",
+    out=f"{BLOCK}.self_attn.o_proj",
+)

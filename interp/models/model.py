@@ -1,0 +1,195 @@
+"""`LoadedModel`: an untouched `nn.Module` with its tokenizer, its family table and its hook hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from interp.core.errors import InterpError
+from interp.core.hash import hash_tensors
+from interp.core.manifest import ModelRecord
+from interp.core.sites import Site
+from interp.models.families import bind
+from interp.models.hub import HookHub, StopForward
+from interp.models.table import Dims, FamilyTable
+
+
+class Tokens(Protocol):
+    """What a token record looks like from below."""
+
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor: ...
+
+
+class Stopped:
+    """Stands where the logits would be when a capture ended the forward early."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise InterpError(
+            f"there are no logits to take {name!r} from: the forward stopped after the last captured site; "
+            "pass capture(..., stop=False) to run it to the end"
+        )
+
+    def __repr__(self) -> str:
+        return "Stopped(the forward ended after the last captured site; capture(..., stop=False) gives logits)"
+
+
+class LoadedModel:
+    """A model ready for instrumentation. Calling it gives logits, without gradients unless a capture wants them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        source: str | None = None,
+        weight_hash: str | Callable[[], str] | None = None,
+        table: FamilyTable | None = None,
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.source = source or type(module).__name__
+        self.table = table or bind(module)
+        self.hub = HookHub(module, self.table)
+        self.wants_grad = 0
+        """Open captures that want gradients."""
+        self._weight_hash = weight_hash
+
+    @property
+    def dims(self) -> Dims:
+        return self.table.dims
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks; an error for a network without known blocks."""
+        if self.dims.n_layers is None:
+            raise InterpError(f"{self.source} has no table of blocks; use module paths (interp sites {self.source})")
+        return self.dims.n_layers
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks, in order."""
+        if self.table.family is None:
+            raise InterpError(f"{self.source} has no table of blocks; use module paths (interp sites {self.source})")
+        return list(self.module.get_submodule(self.table.family.blocks).children())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter: where inputs go."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.module.parameters()), torch.float32)
+
+    @property
+    def weight_hash(self) -> str:
+        """Content hash of the weights; computed once, when first asked for."""
+        if not isinstance(self._weight_hash, str):
+            make = self._weight_hash or (lambda: hash_tensors(self.module.state_dict()))
+            self._weight_hash = make()
+        return self._weight_hash
+
+    def sites(self, pattern: str = "*") -> list[Site]:
+        """Every site the pattern stands for, in the order in which the model computes them."""
+        return list(self.table.sites) if pattern == "*" else self.table.resolve(pattern)
+
+    def resolve(self, wanted: str | Site | Iterable[str | Site]) -> list[Site]:
+        """Sites from names, aliases, module paths and patterns. Raises SiteError with the nearest names."""
+        return self.table.resolve(wanted)
+
+    def weight(self, name: str, layer: int | None = None) -> Tensor:
+        """A weight as `x @ W`, e.g. `W_down` (d_mlp, d_model); `W_O` is (head, d_head, d_model)."""
+        return self.table.weight(name, layer)
+
+    def record(self) -> ModelRecord:
+        """Which model this is, for a manifest."""
+        attention = getattr(getattr(self.module, "config", None), "_attn_implementation", None)
+        return ModelRecord(
+            source=self.source,
+            family=self.table.name,
+            weight_hash=self.weight_hash,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            attention=str(attention or "own"),
+        )
+
+    def __call__(self, inputs: Tokens | Any, **kwargs: Any) -> Any:
+        """Run the model. Token ids `Int[Tensor, "batch pos"]` or a token record give logits (batch, pos, d_vocab);
+        anything else is handed to the module as it is. Ends early, with a `Stopped`, if open captures are content.
+        """
+        args, named = self._inputs(inputs, kwargs)
+        before, self.hub.stoppable = self.hub.stoppable, True
+        try:
+            with torch.set_grad_enabled(self.wants_grad > 0):
+                output = self.module(*args, **named)
+        except StopForward:
+            return Stopped()
+        finally:
+            self.hub.stoppable, self.hub.call = before, None
+        logits = getattr(output, "logits", None)
+        return output if logits is None else logits
+
+    def _inputs(self, inputs: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self.is_transformers:
+            return (inputs.ids if hasattr(inputs, "ids") else inputs,), kwargs
+        ids, mask = (inputs.ids, inputs.mask) if hasattr(inputs, "ids") else (inputs, kwargs.pop("attention_mask", None))
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            shown = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise InterpError(f"the model takes token ids of shape (batch, pos), got {shown}; use tokenize(model, texts)")
+        if ids.numel() == 0:
+            raise InterpError(f"the input has no tokens (shape {tuple(ids.shape)})")
+        named: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": False, **kwargs}
+        if mask is not None and not bool(mask.all()):
+            named["attention_mask"] = mask.to(self.device).long()
+            named.setdefault("position_ids", (named["attention_mask"].cumsum(-1) - 1).clamp_min(0))
+        return (), named
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether the module is a Hugging Face model (its config says how it was built)."""
+        return hasattr(self.module, "generate") and hasattr(getattr(self.module, "config", None), "model_type")
+
+    def generate(
+        self, inputs: Tokens | Int[Tensor, "batch pos"], *, n_new: int, use_cache: bool = True, **kwargs: Any
+    ) -> Int[Tensor, "batch total"]:
+        """Greedy continuation by `n_new` tokens (always that many), prompt included. Left-pad unequal prompts."""
+        if not self.is_transformers:
+            raise InterpError(f"{self.source} cannot generate: it is not a transformers causal language model")
+        _, named = self._inputs(inputs, {})
+        mask = named.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise InterpError("generation needs left padding: the last position of some prompt is padding")
+        mask = torch.ones_like(named["input_ids"]) if mask is None else mask
+        with self._generating(named["input_ids"].shape[1]), torch.no_grad():
+            return cast(Any, self.module).generate(
+                input_ids=named["input_ids"], attention_mask=mask, max_new_tokens=n_new, min_new_tokens=n_new,
+                do_sample=False, num_beams=1, use_cache=use_cache, **_greedy(self.module), **kwargs,
+            )  # fmt: skip
+
+    @contextmanager
+    def _generating(self, prompt: int) -> Iterator[None]:
+        before, self.hub.prompt = self.hub.prompt, prompt
+        try:
+            yield
+        finally:
+            self.hub.prompt, self.hub.call = before, None
+
+    def __repr__(self) -> str:
+        shape = ", ".join(f"{k}={v}" for k, v in vars(self.dims).items() if v is not None)
+        return f"LoadedModel({self.source}, {self.table.name}, {len(self.table.sites)} sites, {shape})"
+
+
+def _greedy(module: nn.Module) -> dict[str, Any]:
+    """Sampling settings of the model's own generation config that greedy decoding would only warn about."""
+    config = getattr(module, "generation_config", None)
+    pad = getattr(config, "pad_token_id", None)
+    end = getattr(config, "eos_token_id", None)
+    end = end[0] if isinstance(end, list) else end  # pyright: ignore[reportUnknownVariableType]
+    return {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": end if pad is None else pad}
