@@ -85,8 +85,6 @@ class Activations:
             raise InterpError(f"no gradient has reached {site}: call backward() on something that depends on it first")
         resolved = self.model.table.one(site)
         reach = self.model.table.reach(resolved)
-        if reach.side == "attention":
-            return record.raw.grad
         return read(reach, record.raw.grad, self.model.table.n_split(reach))
 
     def stack(self, pattern: str) -> Tensor:
@@ -125,8 +123,9 @@ class _Capture:
         axis = _position_axis(site, value)
         if options.grad:
             raw.requires_grad_() if not raw.requires_grad else raw.retain_grad()
-            axis_length = value.shape[axis] if axis is not None else 0
-            self._keep(site, _Record(_again(self.model, site, raw), raw, torch.arange(axis_length), None))
+            where = torch.arange(value.shape[axis] if axis is not None else 0)
+            reach = self.model.table.reach(site)
+            self._keep(site, _Record(read(reach, raw, self.model.table.n_split(reach)), raw, where, None))
             return
         where = columns(call, value.shape[axis]) if axis is not None else torch.arange(0)
         kept, picked = value, False
@@ -219,12 +218,6 @@ def _position_axis(site: Site, value: Tensor) -> int | None:
     return next((i for i, axis in enumerate(site.info.axes) if axis in ("pos", "query")), None)
 
 
-def _again(model: LoadedModel, site: Site, raw: Tensor) -> Tensor:
-    """The site's view of a raw tensor that takes part in the graph."""
-    reach = model.table.reach(site)
-    return raw if reach.side == "attention" else read(reach, raw, model.table.n_split(reach))
-
-
 def _join(records: list[_Record], axis: int) -> _Record:
     """Positions of several calls after another; patterns are padded with zeros to the longest key axis."""
     values = [record.value for record in records]
@@ -262,6 +255,9 @@ def capture(
         raise InterpError("no sites were asked for; model.sites() lists them")
     if grad and (positions is not None or heads is not None or dtype is not None or device is not None):
         raise InterpError("grad=True keeps whole tensors where they are; drop positions, heads, dtype and device")
+    aside = [site for site in found if model.table.reach(site).side == "attention"]
+    if grad and aside:
+        raise InterpError(f"{aside[0]} is recomputed beside the forward, so no gradient reaches it; take q, k or z")
     chosen = _heads(model, found, heads)
     options = _Options(
         at=positions, heads=chosen, grad=grad, dtype=dtype, device=device, scope=scope, snapshot=snapshot,
@@ -277,6 +273,7 @@ def capture(
         for site in found
     ]
     model.hub.pending.append(collector.waits)
+    model.hub.stoppers += options.stop
     model.wants_grad += grad
     started = time.perf_counter()
     try:
@@ -284,6 +281,7 @@ def capture(
         collector.finish(time.perf_counter() - started)
     finally:
         model.wants_grad -= grad
+        model.hub.stoppers -= options.stop
         model.hub.pending.remove(collector.waits)
         for remove in undo:
             remove()

@@ -82,8 +82,9 @@ class EditReceipt:
         return change / norm if norm > 0 else (0.0 if change == 0 else float("inf"))
 
     def note(self, old: Tensor, new: Tensor, n_tokens: int) -> None:
-        change = (new.detach() - old.detach()).double().square().sum()
-        norm = old.detach().double().square().sum()
+        wide = torch.promote_types(old.dtype, torch.float32)
+        change = (new.detach() - old.detach()).to(wide).square().sum()
+        norm = old.detach().to(wide).square().sum()
         self._change = change if self._change is None else self._change + change
         self._norm = norm if self._norm is None else self._norm + norm
         self.n_tokens += n_tokens

@@ -66,6 +66,8 @@ class HookHub:
         """Set by `LoadedModel.generate` for its duration."""
         self.stoppable = False
         """Whether a `StopForward` would be caught."""
+        self.stoppers = 0
+        """Open captures that are content once their sites have fired."""
         self.pending: list[Callable[[], bool]] = []
         """One per open context: whether it still waits for a site (or forbids stopping)."""
         self._places: dict[tuple[str, str], _Place] = {}
@@ -102,7 +104,7 @@ class HookHub:
 
     def stop_if_done(self) -> None:
         """End the forward if nobody waits for more."""
-        if self.stoppable and self.pending and not any(waits() for waits in self.pending):
+        if self.stoppable and self.stoppers and not any(waits() for waits in self.pending):
             raise StopForward
 
     def _place(self, reach: Reach) -> _Place:
