@@ -1,0 +1,122 @@
+"""Tiny random language models, built from configs: for tests, examples and timing, with nothing to download.
+
+Weights are drawn large enough (`std` 0.35 instead of 0.02) that every site moves the logits. Text is tokenised byte by byte: 256
+byte tokens and `<bos>`, `<eos>`, `<pad>`, so that any text has known tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from interp.core.errors import InterpError, unknown
+from interp.core.seed import torch_generator
+from interp.models.model import LoadedModel
+
+SPECIALS = ("<bos>", "<eos>", "<pad>")
+D_VOCAB = 256 + len(SPECIALS)
+
+
+def tiny_model(
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    n_layers: int = 3,
+    d_model: int = 32,
+    n_heads: int = 4,
+    n_kv_heads: int | None = 2,
+    d_mlp: int = 48,
+    n_ctx: int = 256,
+    std: float = 0.35,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> LoadedModel:
+    """A random `llama`, `gemma3` or `gpt2`. The same arguments give the same weights, whatever the dtype.
+
+    `n_kv_heads`: equal to `n_heads` for full attention, fewer for grouped, 1 for multi-query (GPT-2 has full only).
+    """
+    if family not in _BUILDERS:
+        raise unknown("tiny model", f"tiny-{family}", [f"tiny-{name}" for name in _BUILDERS])
+    n_kv = n_heads if n_kv_heads is None or family == "gpt2" else n_kv_heads
+    if d_model % n_heads or n_heads % n_kv:
+        raise InterpError(f"d_model={d_model}, n_heads={n_heads}, n_kv_heads={n_kv}: each must divide the one before")
+    sizes = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv}
+    module = _BUILDERS[family](**sizes, d_mlp=d_mlp, n_ctx=n_ctx)
+    _fill(module, seed, std)
+    module.to(device=device, dtype=dtype).eval()
+    return LoadedModel(module=module, tokenizer=byte_tokenizer(), source=f"tiny-{family}")
+
+
+def byte_tokenizer() -> Any:
+    """One token per UTF-8 byte, ids 0 to 255, then the specials. Adds nothing by itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = _byte_letters()
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    tokenizer.add_special_tokens(list(SPECIALS))
+    bos, eos, pad = SPECIALS
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that byte-level tokenizers write for each byte (GPT-2's table)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = {byte: chr(byte) for byte in plain}
+    for shift, byte in enumerate(byte for byte in range(256) if byte not in letters):
+        letters[byte] = chr(256 + shift)
+    return [letters[byte] for byte in range(256)]
+
+
+def _fill(module: nn.Module, seed: int, std: float) -> None:
+    """Draw every weight in float32 from a generator of its own name, so that one model's sizes do not move another's."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=torch_generator(seed, name))
+            if parameter.ndim > 1:
+                parameter.copy_(noise * std)
+            else:  # norms and biases: near what they start from, but not trivial
+                parameter.add_(noise * 0.1)
+
+
+def _llama(*, n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_mlp: int, n_ctx: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=D_VOCAB, hidden_size=d_model, intermediate_size=d_mlp, num_hidden_layers=n_layers,
+        num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, max_position_embeddings=n_ctx,
+        bos_token_id=256, eos_token_id=257, pad_token_id=258, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def _gemma3(*, n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_mlp: int, n_ctx: int) -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=D_VOCAB, hidden_size=d_model, intermediate_size=d_mlp, num_hidden_layers=n_layers,
+        num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, head_dim=d_model // n_heads,
+        query_pre_attn_scalar=d_model // n_heads, max_position_embeddings=n_ctx, sliding_window=8,
+        layer_types=["full_attention" if i == n_layers - 1 else "sliding_attention" for i in range(n_layers)],
+        bos_token_id=256, eos_token_id=257, pad_token_id=258,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config)
+
+
+def _gpt2(*, n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_mlp: int, n_ctx: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    del n_kv_heads  # full attention only
+    config = GPT2Config(
+        vocab_size=D_VOCAB, n_embd=d_model, n_inner=d_mlp, n_layer=n_layers, n_head=n_heads, n_positions=n_ctx,
+        bos_token_id=256, eos_token_id=257, pad_token_id=258,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {"llama": _llama, "gemma3": _gemma3, "gpt2": _gpt2}
