@@ -193,3 +193,13 @@ class FamilyTable:
             n_heads = getattr(self.dims, spec.heads)
             tensor = tensor.unflatten(0, (n_heads, tensor.shape[0] // n_heads))
         return tensor
+
+    def bias(self, name: str, layer: int | None = None) -> Tensor | None:
+        """The bias that goes with a weight; `None` where there is none."""
+        spec = self.family.weights[name] if self.family else None
+        path = spec.path.format(layer=layer) if spec else ""
+        path = f"{path.removesuffix('.weight')}.bias" if path.endswith(".weight") else path.replace("W_", "b_")
+        bias = dict(self.module.named_parameters()).get(path)
+        if bias is None or spec is None or not spec.chunk:
+            return bias
+        return bias.chunk(spec.chunk[1], dim=-1)[spec.chunk[0]]

@@ -1,0 +1,297 @@
+"""The probe: proof that every site means what its name says, and that looking changes nothing.
+
+`quick_check` runs at load: shapes of every site, logits bit-equal with all of them captured, the cheap identities.
+`verify` runs everything: also, writing back what was read moves no bit, and editing each site moves the logits.
+
+Identities (each at every layer): `mlp_in @ W_gate == gate_pre`, `act(gate_pre) == gate`, `gate * up == neurons`,
+`neurons @ W_down == mlp_out` and `z @ W_O == attn_out` (through the norm after the sublayer where there is one), the
+residual sums close, rows of the pattern sum to 1, `pattern @ v == z`, `final_norm @ W_U == logits`. The products use
+the table's weights, so these are proven too. A tolerance is relative to the largest value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from interp.core.errors import InterpError
+from interp.core.seed import torch_generator
+from interp.core.sites import Part, Site
+from interp.models.model import LoadedModel
+
+N_PROBE_TOKENS = 12
+"""Tokens of the probe's random input: two rows, long enough that a pattern is not trivial."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was checked."""
+
+    name: str
+    site: str
+    value: float
+    """Largest difference; relative to the largest magnitude where the tolerance is not 0."""
+    tolerance: float
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeReport:
+    """What the probe found."""
+
+    source: str
+    family: str
+    max_abs_diff: float
+    """Logits with every site captured against the untouched model's; exactly 0 or the model is refused."""
+    n_sites: int
+    checks: tuple[Check, ...]
+    unfired: tuple[str, ...] = field(default=())
+    """Modules without children whose hook did not run: sites there cannot be captured."""
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def first_failure(self) -> Check | None:
+        return next((check for check in self.checks if not check.passed), None)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Rounding of one matrix product in this dtype, relative: 1e-5 in float32, as the method cards ask."""
+    return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+
+
+def probe_tokens(model: LoadedModel, n_rows: int = 2) -> Int[Tensor, "batch pos"]:
+    """Random tokens from the vocabulary; the same for every run."""
+    size = model.dims.d_vocab
+    if size is None:
+        raise InterpError(f"{model.source} has no vocabulary; pass the probe an input of your own")
+    return torch.randint(size, (n_rows, N_PROBE_TOKENS), generator=torch_generator(0, "probe")).to(model.device)
+
+
+def quick_check(model: LoadedModel) -> ProbeReport:
+    """The cheap part, for load. Raises InterpError naming the first site that is not what it should be."""
+    if model.table.family is None:
+        return ProbeReport(source=model.source, family="generic", max_abs_diff=0.0, n_sites=0, checks=())
+    report = _report(model, probe_tokens(model), full=False)
+    failure = report.first_failure
+    if failure is not None:
+        raise InterpError(
+            f"{model.source} fails the probe at {failure.site}: {failure.name} is off by {failure.value:.3g} "
+            f"(tolerance {failure.tolerance:g}); load with check=False and run `interp verify` for all of it"
+        )
+    return report
+
+
+def verify(model: LoadedModel, inputs: Tensor | None = None) -> ProbeReport:
+    """Check everything. `inputs` are token ids, or any input of a network without a table."""
+    return _report(model, probe_tokens(model) if inputs is None else inputs, full=True)
+
+
+def _report(model: LoadedModel, inputs: Tensor, *, full: bool) -> ProbeReport:
+    untouched = _untouched(model, inputs)
+    sites, values = list(model.table.sites), dict[Site, Tensor]()
+    seen = _capture_all(model, inputs, sites, values)
+    difference = float((seen - untouched).abs().max())
+    checks = [_check("captured logits equal the untouched model's", "logits", difference, 0.0)]
+    missing = [site for site in sites if site not in values]
+    if model.table.family is not None:
+        checks += [_check("the site fires", str(site), 1.0, 0.0) for site in missing]
+        checks += list(_shapes(model, values, inputs))
+        checks += list(_identities(model, values)) if not missing else []
+    if full:
+        fired = [site for site in sites if site in values]
+        checks.append(_write_back(model, inputs, untouched, fired))
+        checks += list(_edits(model, inputs, untouched, fired))
+    return ProbeReport(
+        source=model.source,
+        family=model.table.name,
+        max_abs_diff=difference,
+        n_sites=len(sites),
+        checks=tuple(checks),
+        unfired=tuple(str(site) for site in missing),
+    )
+
+
+def _check(name: str, site: str, value: float, limit: float, note: str = "") -> Check:
+    return Check(name=name, site=site, value=value, tolerance=limit, passed=value <= limit, note=note)
+
+
+def _tensor(output: object) -> Tensor:
+    found = getattr(output, "logits", output)
+    if not isinstance(found, Tensor):
+        raise InterpError(f"the model returns {type(output).__name__}; the probe needs a tensor or `.logits`")
+    return found
+
+
+def _untouched(model: LoadedModel, inputs: Tensor) -> Tensor:
+    """The module's own answer, called with no hook of ours anywhere."""
+    with torch.no_grad():
+        return _tensor(model.module(inputs))
+
+
+def _capture_all(model: LoadedModel, inputs: Tensor, sites: list[Site], values: dict[Site, Tensor]) -> Tensor:
+    def keep(site: Site, value: Tensor) -> None:
+        values.setdefault(site, value.detach().clone())
+
+    undo = [model.hub.add_reader(site, lambda value, _raw, site=site: keep(site, value)) for site in sites]
+    try:
+        return _tensor(model(inputs))
+    finally:
+        for remove in undo:
+            remove()
+
+
+def _shapes(model: LoadedModel, values: dict[Site, Tensor], inputs: Tensor) -> Iterator[Check]:
+    n_rows, n_pos = inputs.shape
+    given = {"batch": n_rows, "pos": n_pos, "query": n_pos, "key": n_pos}
+    for site, value in values.items():
+        expected = tuple(given.get(axis, model.dims.size(axis)) for axis in site.info.axes)
+        if tuple(value.shape) != expected:
+            note = f"{tuple(value.shape)} instead of {expected}"
+            yield _check("shape as the vocabulary says", str(site), 1.0, 0.0, note)
+
+
+LINEAR = (
+    (Part.V, Part.ATTN_IN, "W_V"),
+    (Part.GATE_PRE, Part.MLP_IN, "W_gate"),
+    (Part.UP, Part.MLP_IN, "W_up"),
+    (Part.NEURONS_PRE, Part.MLP_IN, "W_in"),
+    (Part.ATTN_OUT, Part.Z, "W_O"),
+    (Part.MLP_OUT, Part.NEURONS, "W_down"),
+)
+"""(result, input, weight): result == input @ weight + bias, through the norm after the sublayer for the last two."""
+
+SUMS = (
+    (Part.RESID_MID, Part.RESID_PRE, Part.ATTN_OUT),
+    (Part.RESID_POST, Part.RESID_MID, Part.MLP_OUT),
+)
+"""(stream, stream before, what was added)."""
+
+
+def _identities(model: LoadedModel, values: dict[Site, Tensor]) -> Iterator[Check]:
+    limit = tolerance(model.dtype)
+    for layer in range(model.n_layers):
+        local = {site.part: value for site, value in values.items() if site.layer == layer}
+        yield from _linear(model, layer, local, limit)
+        for stream, before, added in SUMS:
+            if {stream, before, added} <= set(local):
+                name = f"{before} + {added} == {stream}"
+                yield _close(name, f"{stream}.{layer}", local[before] + local[added], local[stream], limit)
+        yield from _gate(model, layer, local, limit)
+        if Part.PATTERN in local:
+            rows = local[Part.PATTERN].sum(-1)
+            yield _close("pattern rows sum to 1", f"pattern.{layer}", rows, torch.ones_like(rows), limit)
+        if {Part.PATTERN, Part.V, Part.Z} <= set(local):
+            yield _close("pattern @ v == z", f"pattern.{layer}", _mix(local), local[Part.Z], limit)
+    final, logits = values.get(Site(Part.FINAL_NORM)), values.get(Site(Part.LOGITS))
+    if final is not None and logits is not None:
+        yield _close("final_norm @ W_U == logits", "logits", _product(model, "W_U", None, final), logits, limit)
+
+
+def _linear(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: float) -> Iterator[Check]:
+    """Products with the weights as the table hands them out: this proves the table's weights too."""
+    family = model.table.family
+    for result, source, weight in LINEAR:
+        if family is None or weight not in family.weights or not {result, source} <= set(local):
+            continue
+        left = _product(model, weight, layer, local[source])
+        after = {Part.ATTN_OUT: family.after_attn, Part.MLP_OUT: family.after_mlp}.get(result)
+        left = _run(model, after, layer, left) if after else left
+        right = local[result].flatten(-2) if result is Part.V else local[result]
+        yield _close(f"{source} @ {weight} == {result}", f"{result}.{layer}", left, right, limit)
+
+
+def _gate(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: float) -> Iterator[Check]:
+    act = model.table.family.act if model.table.family else None
+    if {Part.GATE, Part.UP, Part.NEURONS} <= set(local):
+        product = local[Part.GATE] * local[Part.UP]
+        yield _close("gate * up == neurons", f"neurons.{layer}", product, local[Part.NEURONS], limit)
+    for before, result in ((Part.GATE_PRE, Part.GATE), (Part.NEURONS_PRE, Part.NEURONS)):
+        if act and {before, result} <= set(local):
+            name, left = f"act({before}) == {result}", _run(model, act, layer, local[before])
+            yield _close(name, f"{result}.{layer}", left, local[result], limit)
+
+
+def _product(model: LoadedModel, name: str, layer: int | None, x: Tensor) -> Tensor:
+    weight, bias = model.weight(name, layer).detach(), model.table.bias(name, layer)
+    left = x.flatten(-2) @ weight.flatten(0, 1) if weight.ndim == 3 else x @ weight
+    return left if bias is None else left + bias.detach()
+
+
+def _run(model: LoadedModel, path: str, layer: int, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.module.get_submodule(path.format(layer=layer))(x)
+
+
+def _mix(local: dict[Part, Tensor]) -> Tensor:
+    pattern, values = local[Part.PATTERN], local[Part.V]
+    group = pattern.shape[1] // values.shape[2]
+    return torch.einsum("bhqk,bkhd->bqhd", pattern, values.repeat_interleave(group, dim=2))
+
+
+def _close(name: str, site: str, left: Tensor, right: Tensor, limit: float) -> Check:
+    scale = float(right.abs().max()) or 1.0
+    return _check(name, site, float((left - right).abs().max()) / scale, limit)
+
+
+def _write_back(model: LoadedModel, inputs: Tensor, untouched: Tensor, sites: list[Site]) -> Check:
+    """Reading every site and writing back a copy must move no bit of the output."""
+    undo = [model.hub.add_writer(site, lambda value: value.clone()) for site in sites]
+    try:
+        difference = float((_tensor(model(inputs)) - untouched).abs().max())
+    finally:
+        for remove in undo:
+            remove()
+    return _check("writing back what was read changes nothing", "every site", difference, 0.0)
+
+
+def _edits(model: LoadedModel, inputs: Tensor, untouched: Tensor, sites: list[Site]) -> Iterator[Check]:
+    """A large change at each site must move the output. One row per layer, so one forward per part."""
+    groups: dict[Part, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.part, []).append(site)
+    for part, members in groups.items():
+        if part is Part.MODULE:
+            for site in members:
+                yield _moved(site, _disturbed(model, inputs, [(site, None)]), untouched, slice(None))
+            continue
+        rows = inputs[:1].expand(len(members), -1)
+        changed = _disturbed(model, rows, [(site, row) for row, site in enumerate(members)])
+        for row, site in enumerate(members):
+            yield _moved(site, changed, untouched[:1], slice(row, row + 1))
+
+
+def _moved(site: Site, changed: Tensor, untouched: Tensor, rows: slice) -> Check:
+    moved = float((changed[rows] - untouched).abs().max() / untouched.abs().max().clamp_min(1e-30))
+    return Check(
+        name="editing the site moves the logits", site=str(site), value=moved, tolerance=1e-4, passed=moved > 1e-4
+    )
+
+
+def _disturbed(model: LoadedModel, inputs: Tensor, where: list[tuple[Site, int | None]]) -> Tensor:
+    """The output with noise added at each site, in its row only."""
+
+    def writer(value: Tensor, site: Site, row: int | None) -> Tensor:
+        index = slice(None) if row is None else slice(row, row + 1)
+        part = value[index]
+        noise = torch.randn(part.shape, generator=torch_generator(1, str(site))).to(part)
+        scale = part.clamp_min(-1e4).abs().mean() + 0.1
+        new = value.clone()
+        new[index] = part.clamp_min(-1e4) + scale * noise
+        return new
+
+    undo = [
+        model.hub.add_writer(site, lambda value, site=site, row=row: writer(value, site, row)) for site, row in where
+    ]
+    try:
+        return _tensor(model(inputs))
+    finally:
+        for remove in undo:
+            remove()
