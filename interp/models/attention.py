@@ -32,8 +32,16 @@ class AttentionCall:
     softcap: float | None
     causal: bool
 
-    def scores(self, heads: Sequence[int] | None = None) -> Tensor:
-        """Masked scores (batch, head, query, key); masked entries hold the dtype's lowest value."""
+    def scores(self, heads: Sequence[int] | None = None, n_gone: int = 0) -> Tensor:
+        """Masked scores (batch, head, query, key); masked entries hold the dtype's lowest value.
+
+        A sliding-window cache drops its oldest keys: `n_gone` columns are put back, masked, so that column j is
+        position j.
+        """
+        scores = self._scores(heads)
+        return torch.nn.functional.pad(scores, (n_gone, 0), value=torch.finfo(scores.dtype).min) if n_gone else scores
+
+    def _scores(self, heads: Sequence[int] | None) -> Tensor:
         group = self.query.shape[1] // self.key.shape[1]
         chosen = list(range(self.query.shape[1])) if heads is None else list(heads)
         query, key = self.query[:, chosen], self.key[:, [head // group for head in chosen]]

@@ -157,22 +157,23 @@ class HookHub:
         return None if raw is original else replace_first(value, raw)
 
     def _attend(self, place: _Place, call: AttentionCall, output: Tensor) -> Tensor:
+        n_gone = max(0, self.call.past + self.call.n_pos - call.key.shape[2]) if self.call else 0
         if place.writers:
-            scores = call.scores()
+            scores = call.scores(n_gone=n_gone)
             plain = softmax(scores)
             changed_scores = self._rewrite(place, Part.ATTN_SCORES, scores)
             before = plain if changed_scores is scores else softmax(changed_scores)
             pattern = self._rewrite(place, Part.PATTERN, before)
             moved = (pattern != plain).any(dim=3).any(dim=2).any(dim=0)
             if bool(moved.any()):
-                output = torch.where(moved[None, None, :, None], call.outputs(pattern), output)
+                output = torch.where(moved[None, None, :, None], call.outputs(pattern[..., n_gone:]), output)
             known = {Part.ATTN_SCORES: changed_scores, Part.PATTERN: pattern}
             for site, _, reader, heads in list(place.readers):
                 value = known[site.part]
                 reader(value if heads is None else value[:, list(heads)], value)
         else:
             for site, _, reader, heads in list(place.readers):
-                scores = call.scores(heads)
+                scores = call.scores(heads, n_gone)
                 value = scores if site.part is Part.ATTN_SCORES else softmax(scores)
                 reader(value, value)
         self.stop_if_done()
