@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 
-TRACKED = ("interp", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "pandas", "safetensors", "triton")
+TRACKED = (
+    "interp",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "sae-lens",
+    "numpy",
+    "pandas",
+    "safetensors",
+    "triton",
+)
 """Distributions whose versions are written down."""
 
 

@@ -6,7 +6,7 @@ subscribe another; with nobody listening it costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -19,7 +19,7 @@ _listener: ContextVar[Listener | None] = ContextVar("interp_progress", default=N
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> Generator[None, None, None]:
     """Send the progress of everything run inside to `listener`."""
     token = _listener.set(listener)
     try:

@@ -98,7 +98,9 @@ class Result:
                 raise unknown("table", panel.table, self.tables)
             for column in (panel.x, panel.y, panel.value, panel.group, panel.low, panel.high, panel.facet):
                 if column is not None and column not in self.tables[panel.table].columns:
-                    raise unknown(f"column of table {panel.table!r}", column, map(str, self.tables[panel.table].columns))
+                    raise unknown(
+                        f"column of table {panel.table!r}", column, map(str, self.tables[panel.table].columns)
+                    )
 
     @property
     def method(self) -> str:

@@ -91,9 +91,7 @@ PARTS: dict[Part, PartInfo] = {
     Part.UP: PartInfo(
         "x @ W_up, the ungated branch", _MLP, "linear", "blocks.{layer}.mlp.hook_pre_linear", ("mlp_pre_linear",)
     ),
-    Part.NEURONS_PRE: PartInfo(
-        "x @ W_in of an ungated MLP", _MLP, "pre", "blocks.{layer}.mlp.hook_pre", ("mlp_pre",)
-    ),
+    Part.NEURONS_PRE: PartInfo("x @ W_in of an ungated MLP", _MLP, "pre", "blocks.{layer}.mlp.hook_pre", ("mlp_pre",)),
     Part.NEURONS: PartInfo(
         "input of W_down: gate * up, or act(neurons_pre) where nothing is gated",
         _MLP,

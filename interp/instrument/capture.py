@@ -16,7 +16,7 @@ are copied, since any network may work in place.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -129,7 +129,7 @@ class _Capture:
             return
         where = columns(call, value.shape[axis]) if axis is not None else torch.arange(0)
         kept, picked = value, False
-        if axis is not None and (options.at is not None or call is not None and call.prompt is not None):
+        if axis is not None and (options.at is not None or (call is not None and call.prompt is not None)):
             kept, where = self._pick(site, value, where, axis)
             picked = True
         moved = kept.to(dtype=options.dtype or kept.dtype, device=options.device or kept.device)
@@ -153,7 +153,9 @@ class _Capture:
             mask = mask & (where >= first_new)
         counts = mask.sum(1)
         if int(counts.min()) != int(counts.max()):
-            raise InterpError(f"rows of {site} would keep unequal numbers of positions; give one position per row or none")
+            raise InterpError(
+                f"rows of {site} would keep unequal numbers of positions; give one position per row or none"
+            )
         index = mask.nonzero()[:, 1].view(value.shape[0], -1).to(value.device)
         moved = value.movedim(axis, 1)
         gather = index.view(*index.shape, *[1] * (moved.ndim - 2)).expand(-1, -1, *moved.shape[2:])
@@ -194,7 +196,9 @@ class _Capture:
         values = [record.value for records in fired.values() for record in records]
         self.acts.receipt = CaptureReceipt(
             calls={str(site): len(fired[site]) for site in self.acts.sites},
-            n_tokens=max((len(r.where) * r.value.shape[0] for rs in fired.values() for r in rs if r.value.ndim), default=0),
+            n_tokens=max(
+                (len(r.where) * r.value.shape[0] for rs in fired.values() for r in rs if r.value.ndim), default=0
+            ),
             n_bytes=sum(value.numel() * value.element_size() for value in values),
             seconds=seconds,
         )
@@ -239,7 +243,7 @@ def capture(
     device: torch.device | str | None = None,
     scope: Scope = "all",
     snapshot: bool = False,
-) -> Iterator[Activations]:
+) -> Generator[Activations, None, None]:
     """Capture sites of every forward of `model` inside the block.
 
     positions: which tokens to keep (see `interp.instrument.select`); fewer tokens are copied, so that the rest is freed.

@@ -11,10 +11,10 @@ no token, is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -103,7 +103,9 @@ def _broadcast(value: Tensor | float, like: Tensor, site: Site) -> Tensor:
 
 def _checked(vector: Tensor, x: Tensor, site: Site) -> Tensor:
     if vector.ndim != 1 or vector.shape[0] != x.shape[-1]:
-        raise InterpError(f"a direction of shape {tuple(vector.shape)} does not fit {site}, whose width is {x.shape[-1]}")
+        raise InterpError(
+            f"a direction of shape {tuple(vector.shape)} does not fit {site}, whose width is {x.shape[-1]}"
+        )
     return vector.to(x)
 
 
@@ -159,7 +161,9 @@ def rotate(site: str | Site, matrix: Tensor, **where: Any) -> Edit:
 
     def function(x: Tensor, context: Context) -> Tensor:
         if matrix.shape != (x.shape[-1], x.shape[-1]):
-            raise InterpError(f"a matrix of shape {tuple(matrix.shape)} does not fit {context.site}, width {x.shape[-1]}")
+            raise InterpError(
+                f"a matrix of shape {tuple(matrix.shape)} does not fit {context.site}, width {x.shape[-1]}"
+            )
         return x @ matrix.to(x)
 
     return Edit(site, function, label="rotate", **where)
@@ -170,6 +174,7 @@ def patch_from(site: str | Site, donor: Tensor, **where: Any) -> Edit:
     return Edit(site, lambda x, c: _at_positions(donor, x, c), label="patch_from", **where)
 
 
+@runtime_checkable
 class Features(Protocol):
     """What `clamp_feature` needs of a dictionary: encode, and rows of W_dec as features."""
 
@@ -212,7 +217,8 @@ class _Applied:
     """One edit, bound to a model for the duration of a context."""
 
     def __init__(self, model: LoadedModel, edit: Edit, scope: Scope) -> None:
-        self.model, self.edit, self.scope = model, edit, scope
+        self.model, self.edit = model, edit
+        self.scope: Scope = scope
         self.site = model.table.one(edit.site)
         self.receipt = EditReceipt(self.site, edit.label)
         axes = self.site.info.axes
@@ -266,7 +272,9 @@ def _in_range(name: str, wanted: int | Sequence[int] | None, size: int | None, s
 
 
 @contextmanager
-def edited(model: LoadedModel, edits: Edit | Sequence[Edit], *, scope: Scope = "all") -> Iterator[list[EditReceipt]]:
+def edited(
+    model: LoadedModel, edits: Edit | Sequence[Edit], *, scope: Scope = "all"
+) -> Generator[list[EditReceipt], None, None]:
     """Apply edits to every forward of `model` inside the block; yields one receipt per edit.
 
     An edit whose site is a pattern is applied at each site it stands for. While generating, `scope` says whether

@@ -40,7 +40,7 @@ def check_scope(scope: str) -> None:
         raise InterpError(f"scope={scope!r} is unknown; choose prompt, new or all")
 
 
-def columns(call: Call | None, n_pos: int) -> Int[Tensor, "pos"]:
+def columns(call: Call | None, n_pos: int) -> Int[Tensor, " pos"]:
     """Absolute positions of the columns of this forward."""
     past = call.past if call else 0
     return torch.arange(past, past + n_pos)
@@ -87,7 +87,7 @@ def _wrap(positions: Tensor, n: int) -> Tensor:
     return torch.where(positions < 0, positions + n, positions)
 
 
-def last_real(call: Call | None, n_rows: int, prompt: int) -> Int[Tensor, "batch"]:
+def last_real(call: Call | None, n_rows: int, prompt: int) -> Int[Tensor, " batch"]:
     """Column of each row's last real prompt token."""
     if call is None or call.mask is None:
         return torch.full((n_rows,), prompt - 1)

@@ -117,10 +117,12 @@ def _interface() -> Any:
 
 def _install(kind: str) -> None:
     interface = _interface()
-    original = interface.get(kind, _ABSENT) if kind in interface else _ABSENT
+    original: Any = interface.get(kind, _ABSENT)
     _originals[kind] = original
 
-    def wrapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    def wrapped(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         function = original
         if function is _ABSENT:
             function = sys.modules[type(module).__module__].eager_attention_forward

@@ -188,7 +188,9 @@ class HookHub:
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for place in self._places.values():
             place.carried.clear()
-        ids = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if isinstance(x, Tensor)), None)
+        ids = next(
+            (x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if isinstance(x, Tensor)), None
+        )
         if ids is None or ids.ndim < 2:
             self.call = None
             return

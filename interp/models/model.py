@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -19,6 +19,7 @@ from interp.models.hub import HookHub, StopForward
 from interp.models.table import Dims, FamilyTable
 
 
+@runtime_checkable
 class Tokens(Protocol):
     """What a token record looks like from below."""
 
@@ -139,10 +140,14 @@ class LoadedModel:
     def _inputs(self, inputs: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not self.is_transformers:
             return (inputs.ids if hasattr(inputs, "ids") else inputs,), kwargs
-        ids, mask = (inputs.ids, inputs.mask) if hasattr(inputs, "ids") else (inputs, kwargs.pop("attention_mask", None))
+        ids, mask = (
+            (inputs.ids, inputs.mask) if hasattr(inputs, "ids") else (inputs, kwargs.pop("attention_mask", None))
+        )
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             shown = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-            raise InterpError(f"the model takes token ids of shape (batch, pos), got {shown}; use tokenize(model, texts)")
+            raise InterpError(
+                f"the model takes token ids of shape (batch, pos), got {shown}; use tokenize(model, texts)"
+            )
         if ids.numel() == 0:
             raise InterpError(f"the input has no tokens (shape {tuple(ids.shape)})")
         named: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": False, **kwargs}
@@ -174,7 +179,7 @@ class LoadedModel:
             )  # fmt: skip
 
     @contextmanager
-    def _generating(self, prompt: int) -> Iterator[None]:
+    def _generating(self, prompt: int) -> Generator[None, None, None]:
         before, self.hub.prompt = self.hub.prompt, prompt
         try:
             yield

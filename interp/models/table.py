@@ -168,7 +168,9 @@ class FamilyTable:
         if self.family is None or site.part not in self.family.parts:
             raise unknown("site", str(site), self.names or self.modules, error=SiteError)
         if site.layer is not None and not 0 <= site.layer < (self.dims.n_layers or 0):
-            raise SiteError(f"no layer {site.layer} in {site}: this model has layers 0 to {(self.dims.n_layers or 1) - 1}")
+            raise SiteError(
+                f"no layer {site.layer} in {site}: this model has layers 0 to {(self.dims.n_layers or 1) - 1}"
+            )
         template = self.family.parts[site.part]
         carry = template.carry.format(layer=site.layer) if template.carry else None
         return replace(template, path=template.path.format(layer=site.layer), carry=carry)

@@ -32,16 +32,17 @@ def replace_first(value: Any, new: Tensor) -> Any:
     if isinstance(value, Tensor):
         return new
     if isinstance(value, Mapping):
-        items = dict(cast(Mapping[str, Any], value))
-        key = next(k for k, v in items.items() if isinstance(v, Tensor))
-        items[key] = new
-        return type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)  # pyright: ignore
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = dict(cast("Mapping[str, Any]", value))
+        items[next(key for key, item in items.items() if isinstance(item, Tensor))] = new
+        kind = cast("type[Any]", type(value))
+        return kind(**items) if dataclasses.is_dataclass(kind) else kind(items)
+    if dataclasses.is_dataclass(value):
         name = next(f.name for f in dataclasses.fields(value) if isinstance(getattr(value, f.name), Tensor))
-        return dataclasses.replace(value, **{name: new})
-    index = next(i for i, item in enumerate(value) if isinstance(item, Tensor))
-    items_list = [*value[:index], new, *value[index + 1 :]]
-    return type(value)(*items_list) if hasattr(value, "_fields") else type(value)(items_list)
+        return dataclasses.replace(cast(Any, value), **{name: new})
+    sequence = list(cast("tuple[Any, ...]", value))
+    sequence[next(i for i, item in enumerate(sequence) if isinstance(item, Tensor))] = new
+    kind = cast("type[Any]", type(value))
+    return kind(*sequence) if hasattr(kind, "_fields") else kind(sequence)
 
 
 def _items(value: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from torch import nn
 from interp.core.errors import InterpError, NeverFiredError, SiteError
 from interp.instrument.capture import capture
 from interp.instrument.edits import add, edited, last, zero
+from interp.instrument.select import check_scope
 from interp.models.model import LoadedModel, Stopped
 from interp.models.tiny import tiny_model
 
@@ -63,7 +64,10 @@ def test_pattern_of_chosen_heads_is_a_slice_of_all() -> None:
 def test_padding_does_not_move_the_real_rows() -> None:
     model = tiny_model("llama")
     ids = tokens(model, (1, 5))
-    padded, mask = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1), torch.tensor([[0, 0, 1, 1, 1, 1, 1]]).bool()
+    padded, mask = (
+        torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1),
+        torch.tensor([[0, 0, 1, 1, 1, 1, 1]]).bool(),
+    )
     with capture(model, ["resid_post.2", "pattern.0"]) as plain:
         model(ids)
     with capture(model, ["resid_post.2", "pattern.0"]) as left:
@@ -275,8 +279,8 @@ def test_never_fired_and_empty_requests_are_errors() -> None:
         pass
     with pytest.raises(SiteError, match="nearest"), capture(model, "resid_pots.0"):
         pass
-    with pytest.raises(InterpError, match="scope"), capture(model, "resid_post.0", scope="some"):  # pyright: ignore
-        pass
+    with pytest.raises(InterpError, match="prompt, new or all"):
+        check_scope("some")
     with pytest.raises(InterpError, match="outside"), capture(model, "resid_post.0", positions=99):
         model(tokens(model))
     assert n_hooks(model.module) == 0

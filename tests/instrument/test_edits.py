@@ -103,7 +103,9 @@ def test_one_position_per_row_and_a_mask(model: LoadedModel) -> None:
 def test_per_row_vectors(model: LoadedModel) -> None:
     x = plain(model, "resid_post.0")
     steps = torch.tensor([1.0, -2.0])[:, None, None]
-    torch.testing.assert_close(run(model, [add("resid_post.0", steps.expand(2, 1, x.shape[-1]))], "resid_post.0"), x + steps)
+    torch.testing.assert_close(
+        run(model, [add("resid_post.0", steps.expand(2, 1, x.shape[-1]))], "resid_post.0"), x + steps
+    )
 
 
 def test_the_order_of_the_list_is_the_order_of_the_edits(model: LoadedModel) -> None:
@@ -173,7 +175,10 @@ def test_editing_scores_goes_through_the_softmax(model: LoadedModel) -> None:
     lowest = torch.finfo(torch.float32).min
     scores = torch.full((7, 7), lowest)
     scores[:, 0] = 0.0
-    with edited(model, [set_to("attn_scores.1", scores, head=2)]), capture(model, ["pattern.1", "attn_scores.1"]) as acts:
+    with (
+        edited(model, [set_to("attn_scores.1", scores, head=2)]),
+        capture(model, ["pattern.1", "attn_scores.1"]) as acts,
+    ):
         model(tokens(model))
     assert torch.equal(acts["pattern.1"][:, 2, :, 0], torch.ones(2, 7))
 

@@ -51,7 +51,9 @@ def _parts(model: LoadedModel, **new: Reach) -> dict[Part, Reach]:
 
 WRONG = {
     "gate and up swapped": (
-        dict(gate_pre=Reach(path="model.layers.{layer}.mlp.up_proj"), up=Reach(path="model.layers.{layer}.mlp.gate_proj")),
+        dict(
+            gate_pre=Reach(path="model.layers.{layer}.mlp.up_proj"), up=Reach(path="model.layers.{layer}.mlp.gate_proj")
+        ),
         "gate_pre.0",
     ),
     "neurons read from the gate alone": (dict(neurons=Reach(path="model.layers.{layer}.mlp.act_fn")), "mlp_out.0"),
