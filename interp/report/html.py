@@ -42,7 +42,9 @@ def write_report(folder: Path) -> Path:
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     except OSError as error:
-        raise ArtefactError(f"could not write {path}: {error.strerror or error}; free space or check the folder") from error
+        raise ArtefactError(
+            f"could not write {path}: {error.strerror or error}; free space or check the folder"
+        ) from error
     finally:
         draft.unlink(missing_ok=True)
     return path
@@ -54,7 +56,7 @@ def render(run: Run, *, name: str = "") -> str:
 
     scripts = [get_plotlyjs(), _asset("report.js")]
     if any("</script" in script.lower() or "<!--" in script for script in scripts):
-        raise ArtefactError("a script of the page would end itself early; install a known-good plotly (`interp doctor`)")
+        raise ArtefactError("a script of the page would end itself early; install a known-good plotly (interp doctor)")
     specs = discover()
     title = f"{name or 'run'} · interp"
     sections = "".join(_method(result, specs.get(result.method), i) for i, result in enumerate(run.results))

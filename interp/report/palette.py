@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from interp.report.prepare import Drawing
+from interp.report.prepare import CONTROL, Drawing, Series
 
 COLORS = ("#3451b2", "#c2410c", "#0f766e", "#a21caf", "#b45309", "#0369a1", "#4d7c0f", "#be123c")
 """Series colours: distinct in hue and legible on white and on near-black."""
@@ -23,3 +23,10 @@ def series_colors(drawing: Drawing) -> dict[str, str]:
         n_before = sum((other in controls) == (name in controls) for other in colors)
         colors[name] = palette[n_before % len(palette)]
     return colors
+
+
+def bar_colors(drawing: Drawing, series: Series, color: str) -> list[str]:
+    """One colour per bar: where nothing is grouped, bars whose category is a control are grey."""
+    if drawing.panel.group or drawing.x.kind == "number":
+        return [color] * len(series.x)
+    return [CONTROL_COLORS[0] if CONTROL.search(str(x)) else color for x in series.x]

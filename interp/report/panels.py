@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from interp.core.result import Panel, Result
-from interp.report.palette import DIVERGING, series_colors
+from interp.report.palette import DIVERGING, bar_colors, series_colors
 from interp.report.prepare import LABEL_CHARS, Axis, Drawing, Series, prepare, shorten, visible
 from interp.report.static import static_png, static_svg
 
@@ -126,7 +126,7 @@ def _trace(drawing: Drawing, series: Series, color: str) -> dict[str, Any]:
     if series.low:
         trace["error_y"] = _whiskers(series, "#6b7280" if drawing.panel.kind == "bar" else color)
     if drawing.panel.kind == "bar":
-        return trace | {"type": "bar", "marker": {"color": color}}
+        return trace | {"type": "bar", "marker": {"color": bar_colors(drawing, series, color)}}
     return trace | {"type": "scatter", "mode": "markers", "marker": {"color": color, "size": 6, "opacity": 0.75}}
 
 
@@ -170,9 +170,10 @@ def _layout(drawing: Drawing, columns: int, *, narrow: bool = False) -> dict[str
     row_height = _row_height(drawing, narrow=narrow)
     named = len(drawing.names) > 1 or (drawing.names and drawing.names[0] != "")
     below = 78 if heat and narrow else (64 if named else 48)
+    above = 34 if any(facet.title for facet in drawing.facets) else 12
     layout: dict[str, Any] = {
-        "height": int(n_rows * row_height + 34 + below),
-        "margin": {"l": 56, "r": 12, "t": 34, "b": below},
+        "height": int(n_rows * row_height + above + below),
+        "margin": {"l": 56, "r": 12, "t": above, "b": below},
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": "#1f2328"},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -233,7 +234,8 @@ def _facet_title(title: str, left: float, top: float) -> dict[str, Any]:
 
 def _axis_layout(drawing: Drawing, axis: Axis, letter: str, *, narrow: bool, columns: int) -> dict[str, Any]:
     heat = drawing.panel.kind == "heatmap"
-    room = (18 if letter == "y" else 12) if heat else 6 if letter == "y" else 10
+    bars = drawing.panel.kind == "bar"
+    room = (18 if letter == "y" else 12) if heat else 6 if letter == "y" else 24 if bars else 10
     n_ticks = max(4, room // (2 if narrow else 1) if letter == "x" and columns < 3 else room // 2)
     layout: dict[str, Any] = {
         "automargin": True,
@@ -280,11 +282,13 @@ def _spread(order: Sequence[Any], keep: int) -> list[Any]:
 
 
 def _coloraxis(drawing: Drawing, *, narrow: bool) -> dict[str, Any]:
-    bar: dict[str, Any] = {"thickness": 10, "outlinewidth": 0, "title": {"text": safe(drawing.value_label)}, "nticks": 5}
+    bar: dict[str, Any] = {
+        "thickness": 10,
+        "outlinewidth": 0,
+        "title": {"text": safe(drawing.value_label)},
+        "nticks": 5,
+    }
     if narrow:
         bar |= {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0.5, "len": 0.9}
-        bar["title"]["side"] = "top"
-    else:
-        bar["title"]["side"] = "right"
     scale = [list(stop) for stop in DIVERGING]
     return {"cmin": -drawing.limit, "cmax": drawing.limit, "cmid": 0, "colorscale": scale, "colorbar": bar}

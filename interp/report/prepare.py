@@ -10,6 +10,7 @@ heatmap's colours are symmetric around zero; anything that a size cap or a logar
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -117,14 +118,16 @@ def number(value: Any) -> float | None:
 def _axis(values: Sequence[Any], label: str, *, even: bool) -> Axis:
     """Numbers stay numbers (if `even`, only when equally spaced); anything else becomes categories."""
     numeric = bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-    distinct = sorted({v for v in values if math.isfinite(v)}) if numeric else list(dict.fromkeys(map(visible, values)))
+    distinct: list[Any] = list(dict.fromkeys(map(visible, values)))
+    if numeric:
+        distinct = sorted({v for v in values if math.isfinite(v)})
     if numeric and (not even or _evenly_spaced(distinct)):
         return Axis(kind="number", label=visible(label), order=tuple(distinct))
     return Axis(kind="category", label=visible(label), order=tuple(_text(v) for v in distinct))
 
 
-def _evenly_spaced(values: Sequence[float]) -> bool:
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+def _evenly_spaced(values: Sequence[int | float]) -> bool:
+    steps = [b - a for a, b in itertools.pairwise(values)]
     return all(math.isclose(step, steps[0], rel_tol=1e-6) for step in steps)
 
 

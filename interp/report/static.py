@@ -12,7 +12,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from interp.core.result import Panel, Result
-from interp.report.palette import DIVERGING, series_colors
+from interp.report.palette import DIVERGING, bar_colors, series_colors
 from interp.report.prepare import Axis, Drawing, Facet, prepare, shorten
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _draw_one(
     if drawing.panel.kind == "bar":
         width = 0.75 / len(facet.series)
         xs = [x + (index - (len(facet.series) - 1) / 2) * width for x in xs]
-        handle = place.bar(xs, ys, width=width * 0.95, color=color)
+        handle = place.bar(xs, ys, width=width * 0.95, color=bar_colors(drawing, series, color))
     else:
         handle = place.scatter(xs, ys, s=14, color=color, alpha=0.75, linewidths=0)
     if low is not None and high is not None:

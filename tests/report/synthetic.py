@@ -42,7 +42,9 @@ def massive(*, evil: str = "") -> Result:
             "high": [3.3, 15.0, 3.3, 3.3],
         }
     )
-    tokens = pd.DataFrame({"token": ["The", EVIL, CLOSING, "\n", "$x^2$", "&amp;"], "value": [1.0, 2, 3, 4, 5, math.nan]})
+    tokens = pd.DataFrame(
+        {"token": ["The", EVIL, CLOSING, "\n", "$x^2$", "&amp;"], "value": [1.0, 2, 3, 4, 5, math.nan]}
+    )
     return Result(
         headline={"site": "resid_post.11", "pos": 0, "dim": 507, "value": 23312.4, "ratio": 8211.0, "loss_base": 3.143,
                   "loss_zeroed": 14.46, "loss_mean": 3.145, "loss_control": 3.146},
@@ -68,7 +70,22 @@ def massive(*, evil: str = "") -> Result:
 
 def patching(*, evil: str = "") -> Result:
     rng = np.random.default_rng(1)
-    words = ["When", " Mary", " and", " John", " went", " to", " the", " store", ",", " John", " gave", " a", " drink", " to"]
+    words = [
+        "When",
+        " Mary",
+        " and",
+        " John",
+        " went",
+        " to",
+        " the",
+        " store",
+        ",",
+        " John",
+        " gave",
+        " a",
+        " drink",
+        " to",
+    ]
     rows = [
         (part, layer, f"{i} {word}", float(rng.normal(0, 0.3) + (part == "resid_post") * (i == 9) * layer / 5))
         for part in ("resid_post", "attn_out", "mlp_out")
