@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from interp.kernels.sparse_decode import decode
-from interp.kernels.sparse_grad import rows_grad, values_grad
+from interp.kernels.sparse_grad import latent_sums, rows_grad, values_grad
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -51,8 +51,7 @@ class _SparseEncode(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_W = rows_grad(grad, indices, x, d_dict).to(W_enc.dtype).t()
         if ctx.needs_input_grad[2]:
-            ones = torch.ones(x.shape[0], 1, dtype=grad.dtype, device=grad.device)
-            to_b = rows_grad(grad, indices, ones, d_dict)[:, 0].to(W_enc.dtype)
+            to_b = latent_sums(grad, indices, d_dict).to(W_enc.dtype)
         return to_x, to_W, to_b, None, None
 
 

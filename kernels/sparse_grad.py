@@ -140,6 +140,19 @@ def values_grad(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     return values_grad_eager(grad, indices, W_dec)
 
 
+def latent_sums(values: Tensor, indices: Tensor, d_dict: int) -> Tensor:
+    """sums[i] = sum of values[b, j] over indices[b, j] = i: the gradient of a bias, [d_dict], float32 or float64.
+
+    `index_add_` has one order on a CPU; on a GPU it would use atomics, so the row kernel runs on a column of ones.
+    """
+    dtype = accumulator(values.dtype)
+    if values.is_cuda:
+        ones = torch.ones(values.shape[0], 1, dtype=values.dtype, device=values.device)
+        return rows_grad(values, indices, ones, d_dict)[:, 0]
+    sums = torch.zeros(d_dict, dtype=dtype, device=values.device)
+    return sums.index_add_(0, indices.reshape(-1), values.reshape(-1).to(dtype))
+
+
 def rows_grad(values: Tensor, indices: Tensor, grad: Tensor, d_dict: int) -> Tensor:
     """dW[i] = sum of values[b, j] * grad[b] over indices[b, j] = i; kernel on a GPU, twin elsewhere."""
     if use_triton(values, grad):
