@@ -1,0 +1,119 @@
+"""Corpora: real text that is on every machine, cut into token sequences that everybody gets alike.
+
+`docs:TOPIC` and `docs` are Python's own language reference (`pydoc_data.topics`, part of the standard library),
+`docstrings:PACKAGE` the docstrings of an installed package (read from its source, which is not run), `file:PATH` a
+text file. The text is tokenised once, without special tokens, and cut from the start into sequences of equal length,
+so a corpus depends on the tokenizer and, for the first three, on the version of Python or of the package: results
+carry the hash of the ids.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from interp.core.errors import ArtefactError, InterpError, MissingPackageError, unknown
+from interp.instrument.tokens import TokenRecord, from_ids
+from interp.models.load import quiet
+from interp.models.model import LoadedModel
+
+KINDS = ("docs", "docs:TOPIC", "docstrings:PACKAGE", "file:PATH")
+
+
+def load_corpus(
+    model: LoadedModel, name: str = "docs:assignment", n_sequences: int = 6, length: int = 128, skip: int = 0
+) -> TokenRecord:
+    """`n_sequences` x `length` tokens of a corpus, contiguous, after leaving out the first `skip` sequences."""
+    if n_sequences < 1 or length < 1 or skip < 0:
+        raise InterpError(f"n_sequences={n_sequences} and length={length} must be at least 1, skip={skip} at least 0")
+    if model.tokenizer is None:
+        raise InterpError(f"{model.source} has no tokenizer; load it with load(..., tokenizer=...)")
+    ids = _stream(model, corpus_text(name))
+    available = len(ids) // length
+    if available < skip + n_sequences:
+        asked = f"{n_sequences} after skipping {skip}" if skip else f"{n_sequences}"
+        raise InterpError(f"{name!r} gives {available} sequences of {length} tokens, asked for {asked}; ask for fewer")
+    start = skip * length
+    record = from_ids(model, torch.tensor(ids[start : start + n_sequences * length]).view(n_sequences, length))
+    return replace(record, notes=())  # a chunk from the middle of a text has no start token, and is not meant to
+
+
+def corpus_text(name: str) -> str:
+    """The text of a corpus; never empty."""
+    kind, _, rest = name.partition(":")
+    if kind == "docs":
+        text = _docs(rest)
+    elif kind == "docstrings" and rest:
+        text = _docstrings(rest)
+    elif kind == "file" and rest:
+        text = _file(Path(rest).expanduser())
+    else:
+        raise unknown("corpus", name, KINDS)
+    if not text.strip():
+        raise InterpError(f"the corpus {name!r} is empty")
+    return text
+
+
+def _stream(model: LoadedModel, text: str) -> list[int]:
+    with quiet():  # a tokenizer warns about texts longer than the model's context, which these are by design
+        return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@cache
+def _topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise MissingPackageError(
+            "this Python comes without pydoc_data (some minimal installations leave it out); "
+            "use docstrings:torch or file:PATH"
+        ) from error
+    return topics
+
+
+def _docs(topic: str) -> str:
+    topics = _topics()
+    if not topic:
+        return "\n\n".join(topics[key] for key in sorted(topics))
+    if topic not in topics:
+        raise unknown("topic", topic, topics)
+    return topics[topic]
+
+
+def _docstrings(package: str) -> str:
+    """Docstrings of every module, class and function of a package, in the order of file names and lines."""
+    try:
+        spec = find_spec(package)
+    except (ModuleNotFoundError, ValueError):
+        spec = None
+    if spec is None:
+        raise MissingPackageError(f"no package {package!r} is installed to take docstrings from")
+    roots = [Path(place) for place in spec.submodule_search_locations or []]
+    files = sorted(path for root in roots for path in root.rglob("*.py"))
+    if not files and spec.origin and spec.origin.endswith(".py"):
+        files = [Path(spec.origin)]
+    return "\n\n".join(text for path in files for text in _docstrings_of(path))
+
+
+def _docstrings_of(path: Path) -> list[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return []  # a template or a test file that is not meant to be Python
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [text for text in found if text]
+
+
+def _file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtefactError(f"{path} is not a UTF-8 text file") from error
+    except OSError as error:
+        raise ArtefactError(f"could not read {path}: {error.strerror or error}") from error
