@@ -21,10 +21,18 @@ def families() -> dict[str, Family]:
     return found
 
 
+def kind(module: nn.Module) -> str:
+    """What decides the family: the config's `model_type`, else the class, with `:gated` where its `cfg` says so."""
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    if isinstance(model_type, str):
+        return model_type
+    gated = getattr(getattr(module, "cfg", None), "gated_mlp", False)
+    return type(module).__name__ + (":gated" if gated else "")
+
+
 def bind(module: nn.Module) -> FamilyTable:
     """The table of a network: its family's if the family is known and its modules are there, else module paths."""
-    kind = getattr(getattr(module, "config", None), "model_type", None) or type(module).__name__
-    family = families().get(str(kind))
+    family = families().get(kind(module))
     paths = {path for path, _ in module.named_modules()}
     if family is None or family.blocks not in paths:
         return FamilyTable(module, None)
