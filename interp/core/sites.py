@@ -68,7 +68,7 @@ _MLP = ("batch", "pos", "d_mlp")
 _PAIRS = ("batch", "head", "query", "key")
 
 PARTS: dict[Part, PartInfo] = {
-    Part.EMBED: PartInfo("what enters the first block", _RESID, "linear", "hook_embed", per_layer=False),
+    Part.EMBED: PartInfo("token embeddings, without positions", _RESID, "linear", "hook_embed", per_layer=False),
     Part.RESID_PRE: PartInfo("residual stream entering the block", _RESID, "linear", "blocks.{layer}.hook_resid_pre"),
     Part.ATTN_IN: PartInfo("normed input of attention", _RESID, "linear", None),
     Part.Q: PartInfo("queries, before rotary embedding", _HEADS, "linear", "blocks.{layer}.attn.hook_q"),

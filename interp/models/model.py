@@ -158,8 +158,8 @@ class LoadedModel:
 
     @property
     def is_transformers(self) -> bool:
-        """Whether the module is a Hugging Face model (its config says how it was built)."""
-        return hasattr(self.module, "generate") and hasattr(getattr(self.module, "config", None), "model_type")
+        """Whether the module is a Hugging Face model, which is called by keyword and can generate."""
+        return any(base.__name__ == "PreTrainedModel" for base in type(self.module).__mro__)
 
     def generate(
         self, inputs: Tokens | Int[Tensor, "batch pos"], *, n_new: int, use_cache: bool = True, **kwargs: Any

@@ -27,12 +27,12 @@ def n_hooks(module: nn.Module) -> int:
 def test_residual_stream_equals_transformers_hidden_states(family: str) -> None:
     model = tiny_model(family)
     ids = tokens(model)
-    with capture(model, ["embed", "resid_post.*"], stop=False) as acts:
+    with capture(model, ["resid_pre.0", "resid_post.*"], stop=False) as acts:
         logits = model(ids)
     with torch.no_grad():
         oracle = model.module(ids, output_hidden_states=True)
     assert torch.equal(logits, oracle.logits)
-    assert torch.equal(acts["embed"], oracle.hidden_states[0])
+    assert torch.equal(acts["resid_pre.0"], oracle.hidden_states[0])
     for layer in range(model.n_layers - 1):  # the last hidden state of transformers is normed
         assert torch.equal(acts[f"resid_post.{layer}"], oracle.hidden_states[layer + 1])
 

@@ -22,19 +22,19 @@ def families() -> dict[str, Family]:
 
 
 def kind(module: nn.Module) -> str:
-    """What decides the family: the config's `model_type`, else the class, with `:gated` where its `cfg` says so."""
+    """What decides the family: the class if a table is for that class, else the config's `model_type`."""
+    name = type(module).__name__
+    if getattr(getattr(module, "cfg", None), "gated_mlp", False) and f"{name}:gated" in families():
+        return f"{name}:gated"
     model_type = getattr(getattr(module, "config", None), "model_type", None)
-    if isinstance(model_type, str):
-        return model_type
-    gated = getattr(getattr(module, "cfg", None), "gated_mlp", False)
-    return type(module).__name__ + (":gated" if gated else "")
+    return name if name in families() or not isinstance(model_type, str) else model_type
 
 
 def bind(module: nn.Module) -> FamilyTable:
     """The table of a network: its family's if the family is known and its modules are there, else module paths."""
     family = families().get(kind(module))
     paths = {path for path, _ in module.named_modules()}
-    if family is None or family.blocks not in paths:
+    if family is None or any(reach.path.format(layer=0) not in paths for reach in family.parts.values()):
         return FamilyTable(module, None)
     return FamilyTable(module, family, read_dims(module, family))
 

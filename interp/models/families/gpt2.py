@@ -10,7 +10,7 @@ FAMILY = Family(
     model_types=("gpt2",),
     blocks="transformer.h",
     parts={
-        Part.EMBED: Reach(path="transformer.h.0", side="input"),
+        Part.EMBED: Reach(path="transformer.wte"),
         Part.RESID_PRE: Reach(path=BLOCK, side="input"),
         Part.ATTN_IN: Reach(path=f"{BLOCK}.ln_1"),
         Part.Q: Reach(path=f"{BLOCK}.attn.c_attn", heads="n_heads", chunk=(0, 3)),

@@ -10,7 +10,7 @@ from interp.models.table import Family, Reach, Weight
 BLOCK = "blocks.{layer}"
 
 COMMON = {
-    Part.EMBED: Reach(path="blocks.0.hook_resid_pre"),
+    Part.EMBED: Reach(path="hook_embed"),
     Part.RESID_PRE: Reach(path=f"{BLOCK}.hook_resid_pre"),
     Part.Q: Reach(path=f"{BLOCK}.attn.hook_q"),
     Part.K: Reach(path=f"{BLOCK}.attn.hook_k"),

@@ -23,7 +23,7 @@ MLP = {
     Part.NEURONS: Reach(path=f"{BLOCK}.mlp.down_proj", side="input"),
 }
 ENDS = {
-    Part.EMBED: Reach(path="model.layers.0", side="input"),
+    Part.EMBED: Reach(path="model.embed_tokens"),
     Part.FINAL_NORM: Reach(path="model.norm"),
     Part.LOGITS: Reach(path="lm_head"),
 }
