@@ -25,13 +25,13 @@ from torch import Tensor
 
 from interp.core.errors import InterpError, NeverFiredError, unknown
 from interp.core.sites import Part, Site
-from interp.instrument.select import At, Scope, check_scope, columns, selected
+from interp.instrument.select import At, Scope, check_scope, columns, position_axis, selected
 from interp.models.model import LoadedModel
 from interp.models.views import read
 
 
 @dataclass
-class _Record:
+class Record:
     """One firing of one site."""
 
     value: Tensor
@@ -61,9 +61,8 @@ class Activations:
 
     model: LoadedModel
     sites: list[Site]
-    _records: dict[Site, list[_Record]] = field(default_factory=dict[Site, list[_Record]])
+    records: dict[Site, list[Record]] = field(default_factory=dict[Site, list[Record]])
     receipt: CaptureReceipt | None = None
-    _joined: bool = False
 
     def __getitem__(self, site: str | Site) -> Tensor:
         """The activation of a site that fired once (or in one generation)."""
@@ -96,18 +95,18 @@ class Activations:
             yield site, self[site]
 
     def __contains__(self, site: str | Site) -> bool:
-        return any(s in self._records for s in self.model.resolve(site))
+        return any(s in self.records for s in self.model.resolve(site))
 
     def __len__(self) -> int:
         return len(self.sites)
 
-    def _of(self, site: str | Site) -> list[_Record]:
+    def _of(self, site: str | Site) -> list[Record]:
         resolved = self.model.table.one(site)
-        if resolved not in self._records:
+        if resolved not in self.records:
             if resolved in self.sites:
                 raise NeverFiredError(f"{resolved} has not fired yet: call the model inside the capture")
             raise unknown("captured site", str(resolved), map(str, self.sites))
-        return self._records[resolved]
+        return self.records[resolved]
 
 
 class _Capture:
@@ -116,16 +115,16 @@ class _Capture:
     def __init__(self, model: LoadedModel, sites: list[Site], options: _Options) -> None:
         self.model, self.options = model, options
         self.acts = Activations(model, sites)
-        self.generated: dict[Site, list[_Record]] = {}
+        self.generated: dict[Site, list[Record]] = {}
 
     def reader(self, site: Site, value: Tensor, raw: Tensor) -> None:
         options, call = self.options, self.model.hub.call
-        axis = _position_axis(site, value)
+        axis = _axis(site, value)
         if options.grad:
             raw.requires_grad_() if not raw.requires_grad else raw.retain_grad()
             where = torch.arange(value.shape[axis] if axis is not None else 0)
             reach = self.model.table.reach(site)
-            self._keep(site, _Record(read(reach, raw, self.model.table.n_split(reach)), raw, where, None))
+            self._keep(site, Record(read(reach, raw, self.model.table.n_split(reach)), raw, where, None))
             return
         where = columns(call, value.shape[axis]) if axis is not None else torch.arange(0)
         kept, picked = value, False
@@ -136,7 +135,7 @@ class _Capture:
         version = None
         if moved is value or (moved is kept and not picked):
             moved, version = (moved.clone(), None) if self._must_copy(site, value) else (moved, value._version)
-        self._keep(site, _Record(moved.detach(), None, where, version))
+        self._keep(site, Record(moved.detach(), None, where, version))
 
     def _must_copy(self, site: Site, value: Tensor) -> bool:
         """By reference only where nothing larger is kept alive and the table is known not to work in place."""
@@ -161,33 +160,30 @@ class _Capture:
         gather = index.view(*index.shape, *[1] * (moved.ndim - 2)).expand(-1, -1, *moved.shape[2:])
         return moved.gather(1, gather).movedim(1, axis), where[index[0].cpu()] if len(index) else where[:0]
 
-    def _keep(self, site: Site, record: _Record) -> None:
+    def _keep(self, site: Site, record: Record) -> None:
         call = self.model.hub.call
         if call is not None and call.prompt is not None:
             if len(record.where):
                 self.generated.setdefault(site, []).append(record)
-            self.acts._records.setdefault(site, [])  # pyright: ignore[reportPrivateUsage]
+            self.acts.records.setdefault(site, [])
             return
-        self.acts._records.setdefault(site, []).append(record)  # pyright: ignore[reportPrivateUsage]
+        self.acts.records.setdefault(site, []).append(record)
 
     def waits(self) -> bool:
         """Whether some site has not fired yet, or the capture wants the whole forward."""
-        return not self.options.stop or any(site not in self._fired() for site in self.acts.sites)
-
-    def _fired(self) -> dict[Site, list[_Record]]:
-        return self.acts._records  # pyright: ignore[reportPrivateUsage]
+        return not self.options.stop or any(site not in self.acts.records for site in self.acts.sites)
 
     def finish(self, seconds: float) -> None:
         """Join what a generation brought, check that nothing was overwritten and nothing is missing."""
-        fired = self._fired()
+        fired = self.acts.records
         for site, records in self.generated.items():
-            axis = _position_axis(site, records[0].value)
+            axis = _axis(site, records[0].value)
             fired[site] = [*fired.get(site, []), _join(records, axis if axis is not None else 1)]
         missing = [site for site in self.acts.sites if not fired.get(site)]
         if missing:
             raise NeverFiredError(
-                f"{len(missing)} of {len(self.acts.sites)} sites never fired, first {missing[0]}: call the model inside "
-                f"the capture, with a path that runs this module (scope={self.options.scope!r})"
+                f"{len(missing)} of {len(self.acts.sites)} sites never fired, first {missing[0]}: call the model inside"
+                f" the capture, with a path that runs this module (scope={self.options.scope!r})"
             )
         for site, records in fired.items():
             for record in records:
@@ -216,18 +212,17 @@ class _Options:
     snapshot: bool
 
 
-def _position_axis(site: Site, value: Tensor) -> int | None:
-    if site.part is Part.MODULE:
-        return 1 if value.ndim == 3 else None
-    return next((i for i, axis in enumerate(site.info.axes) if axis in ("pos", "query")), None)
+def _axis(site: Site, value: Tensor) -> int | None:
+    """The position axis; a module path is taken to have one if its value looks like (batch, pos, width)."""
+    return (1 if value.ndim == 3 else None) if site.part is Part.MODULE else position_axis(site)
 
 
-def _join(records: list[_Record], axis: int) -> _Record:
+def _join(records: list[Record], axis: int) -> Record:
     """Positions of several calls after another; patterns are padded with zeros to the longest key axis."""
     values = [record.value for record in records]
     n_last = max(value.shape[-1] for value in values)
     padded = [torch.nn.functional.pad(value, (0, n_last - value.shape[-1])) for value in values]
-    return _Record(torch.cat(padded, dim=axis), None, torch.cat([record.where for record in records]), None)
+    return Record(torch.cat(padded, dim=axis), None, torch.cat([record.where for record in records]), None)
 
 
 @contextmanager
@@ -246,7 +241,7 @@ def capture(
 ) -> Generator[Activations, None, None]:
     """Capture sites of every forward of `model` inside the block.
 
-    positions: which tokens to keep (see `interp.instrument.select`); fewer tokens are copied, so that the rest is freed.
+    positions: which tokens to keep (see `interp.instrument.select`); they are copied, so that the rest is freed.
     heads: which heads of sites with a head axis; scores and patterns are recomputed for these alone.
     grad: keep the values in the graph; after backward, `acts.grad(site)`.
     stop: end a forward called through `model` after the deepest site; module-path sites run it to the end.

@@ -22,7 +22,7 @@ from torch import Tensor
 from interp.core.errors import InterpError, NeverFiredError
 from interp.core.seed import torch_generator
 from interp.core.sites import Site
-from interp.instrument.select import At, Scope, check_scope, columns, last, selected
+from interp.instrument.select import At, Scope, check_scope, columns, last, position_axis, selected
 from interp.models.model import LoadedModel
 
 __all__ = [
@@ -198,7 +198,7 @@ def clamp_feature(site: str | Site, dictionary: Features, feature: int, value: f
 
 def _at_positions(donor: Tensor, x: Tensor, context: Context) -> Tensor:
     """The donor's values at the positions this forward computes."""
-    axis = _position_axis(context.site)
+    axis = position_axis(context.site)
     if axis is not None and donor.ndim == x.ndim and donor.shape[axis] != x.shape[axis]:
         inside = (context.where < donor.shape[axis]).to(donor.device)
         index = context.where.to(donor.device).clamp_max(donor.shape[axis] - 1)
@@ -207,10 +207,6 @@ def _at_positions(donor: Tensor, x: Tensor, context: Context) -> Tensor:
         shape[axis] = -1
         return torch.where(inside.view(shape).to(x.device), taken, x)
     return _broadcast(donor, x, context.site)
-
-
-def _position_axis(site: Site) -> int | None:
-    return next((i for i, axis in enumerate(site.info.axes) if axis in ("pos", "query")), None)
 
 
 class _Applied:
@@ -223,7 +219,7 @@ class _Applied:
         self.receipt = EditReceipt(self.site, edit.label)
         axes = self.site.info.axes
         self.head_axis = next((i for i, axis in enumerate(axes) if axis in ("head", "kv_head")), None)
-        self.pos_axis = _position_axis(self.site)
+        self.pos_axis = position_axis(self.site)
         if edit.head is not None and self.head_axis is None:
             raise InterpError(f"{self.site} has no head axis; drop head={edit.head} or edit z, q, k, v or pattern")
         n_heads = model.dims.size(axes[self.head_axis]) if self.head_axis is not None else None

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.core.errors import InterpError
+from interp.core.sites import Site
 from interp.models.hub import Call
 
 
@@ -33,6 +34,11 @@ last = Last.LAST
 
 At = None | int | Sequence[int] | Tensor | Last
 Scope = Literal["prompt", "new", "all"]
+
+
+def position_axis(site: Site) -> int | None:
+    """Which axis counts token positions (queries, for scores and patterns); `None` for a module path."""
+    return next((i for i, axis in enumerate(site.info.axes) if axis in ("pos", "query")), None)
 
 
 def check_scope(scope: str) -> None:
