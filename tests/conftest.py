@@ -17,6 +17,7 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import shutil
 import sys
+import types
 from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from beartype import BeartypeConf, beartype
 
 if not torch.cuda.is_available():
     # Read by triton when it is imported; on a machine with a GPU the kernels run for real.
@@ -38,7 +40,11 @@ LAYERS = sorted(
 
 if any(name.startswith("interp.") for name in sys.modules):
     raise RuntimeError("interp was imported before tests/conftest.py; its annotations would go unchecked")
-jaxtyping.install_import_hook(LAYERS, "beartype.beartype")
+# The hook takes a name to import; an int is a float to it, as it is to pyright (PEP 484).
+checker = types.ModuleType("interp_typechecker")
+checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+sys.modules[checker.__name__] = checker
+jaxtyping.install_import_hook(LAYERS, f"{checker.__name__}.check")
 
 torch.set_num_threads(1)
 
