@@ -172,9 +172,12 @@ class HookHub:
                 value = known[site.part]
                 reader(value if heads is None else value[:, list(heads)], value)
         else:
+            made: dict[tuple[int, ...] | None, Tensor] = {}
             for site, _, reader, heads in list(place.readers):
-                scores = call.scores(heads, n_gone)
-                value = scores if site.part is Part.ATTN_SCORES else softmax(scores)
+                key = None if heads is None else tuple(heads)
+                if key not in made:
+                    made[key] = call.scores(heads, n_gone)
+                value = made[key] if site.part is Part.ATTN_SCORES else softmax(made[key])
                 reader(value, value)
         self.stop_if_done()
         return output
