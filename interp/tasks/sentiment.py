@@ -17,7 +17,12 @@ from interp.core.errors import InterpError
 
 WHO = ("She", "He", "The critic", "My friend", "Everyone")
 THINGS = ("film", "meal", "hotel", "book")
-ADJECTIVES = (("wonderful", "horrible"), ("excellent", "awful"))
+ADJECTIVES = (
+    ("wonderful", "horrible"),
+    ("excellent", "awful"),
+    ("lovely", "dreadful"),
+    ("fantastic", "miserable"),
+)
 
 POSITIVE_WORDS = ("good", "great", "amazing")
 NEGATIVE_WORDS = ("bad", "terrible", "disappointing")
@@ -35,7 +40,7 @@ OPENINGS = (
 MIDDLES = (
     "and spent the afternoon there.",
     "and came back in the evening.",
-    "with two of my colleagues.",
+    "and told the others about it.",
 )
 QUESTION = "Overall the experience was"
 
@@ -66,7 +71,12 @@ class ContrastPairs:
 
 def sentiment_pairs(n_pairs: int = 40, n_prompts: int = 24) -> ContrastPairs:
     """Up to 40 pairs and 24 held-out prompts, always in the same order."""
-    cells = [(who, thing, pair) for pair, thing, who in product(ADJECTIVES, THINGS, WHO)]
+    people_and_things = list(product(range(len(WHO)), range(len(THINGS))))
+    cells = [
+        (WHO[i], THINGS[j], ADJECTIVES[(i + j + 2 * lap) % len(ADJECTIVES)])
+        for lap in range(2)
+        for i, j in people_and_things
+    ]
     prompts = [f"{opening} {middle} {QUESTION}" for middle, opening in product(MIDDLES, OPENINGS)]
     if not 2 <= n_pairs <= len(cells) or not 4 <= n_prompts <= len(prompts):
         raise InterpError(
