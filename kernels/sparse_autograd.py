@@ -1,7 +1,8 @@
 """The top-k autoencoder's two differentiable pieces, with sparse gradients.
 
 `sparse_encode`: values[b, j] = relu(x[b] . W_enc[:, indices[b, j]] + b_enc[indices[b, j]]) at given indices, whose
-pre-activations were already computed to select them. `sparse_decode`: x_hat[b] = sum_j values[b, j] W_dec[indices[b, j]].
+pre-activations were already computed to select them.
+`sparse_decode`: x_hat[b] = sum_j values[b, j] W_dec[indices[b, j]].
 
 Gradients reach only the selected latents, and of those only the ones that the ReLU left positive: a selected slot whose
 value is zero sends nothing back, as in the dense reference. (EleutherAI's fused encoder lets it through, and drops the
@@ -12,10 +13,9 @@ Indices are constants: the selection itself has no gradient.
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from interp.kernels.sparse_decode import decode
 from interp.kernels.sparse_grad import latent_sums, rows_grad, values_grad
+from torch import Tensor
 
 
 class _SparseDecode(torch.autograd.Function):

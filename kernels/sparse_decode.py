@@ -10,10 +10,9 @@ coordinates, so no two programs write the same number.
 """
 
 import torch
+from interp.kernels.dispatch import HAS_TRITON, accumulator, check_codes, use_triton
 from torch import Tensor
 from torch.nn import functional as F
-
-from interp.kernels.dispatch import HAS_TRITON, accumulator, check_codes, use_triton
 
 if HAS_TRITON:
     import triton

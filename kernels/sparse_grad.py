@@ -14,10 +14,9 @@ After L. Gao et al., 2024 (https://arxiv.org/abs/2406.04093) and EleutherAI's sp
 """
 
 import torch
+from interp.kernels.dispatch import HAS_TRITON, accumulator, check_codes, use_triton
 from torch import Tensor
 from torch.nn import functional as F
-
-from interp.kernels.dispatch import HAS_TRITON, accumulator, check_codes, use_triton
 
 if HAS_TRITON:
     import triton
@@ -127,9 +126,7 @@ def rows_grad_triton(values: Tensor, indices: Tensor, grad: Tensor, d_dict: int)
         return out
     weights, tokens, starts = by_latent(values, indices, d_dict)
     block = min(1024, triton.next_power_of_2(d))
-    _rows_kernel[(d_dict, triton.cdiv(d, block))](
-        weights, tokens, starts, grad, out, d, *grad.stride(), BLOCK=block
-    )
+    _rows_kernel[(d_dict, triton.cdiv(d, block))](weights, tokens, starts, grad, out, d, *grad.stride(), BLOCK=block)
     return out
 
 

@@ -24,9 +24,7 @@ def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, buffer: Tensor | Non
     return torch.addmm(b_enc, x, W_enc, out=buffer[: shape[0]])
 
 
-def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, buffer: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, buffer: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [batch, d_in], W_enc [d_in, d_dict], b_enc [d_dict] -> pre-activations and indices, both [batch, k]."""
     if not 1 <= k <= W_enc.shape[1]:
         raise ValueError(f"k={k} is not in 1..d_dict={W_enc.shape[1]}")

@@ -43,7 +43,7 @@ def reconstruct(dictionary: Dictionary, x: Float[Tensor, "*batch d_in"]) -> Floa
 def check_width(x: Tensor, d_in: int) -> None:
     """Last axis of x is d_in."""
     if x.shape[-1] != d_in:
-        raise InterpError(f"activations of width {x.shape[-1]} do not fit a dictionary with d_in={d_in}; check the site")
+        raise InterpError(f"activations of width {x.shape[-1]} do not fit a dictionary with d_in={d_in}")
 
 
 def rows(x: Float[Tensor, "n d"], batch_size: int) -> Iterator[Float[Tensor, "batch d"]]:

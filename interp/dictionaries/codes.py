@@ -27,7 +27,7 @@ class SparseCodes:
     def __post_init__(self) -> None:
         if self.values.shape != self.indices.shape or self.values.ndim < 1:
             raise InterpError(
-                f"values {tuple(self.values.shape)} and indices {tuple(self.indices.shape)} must have one shape (..., k)"
+                f"values {tuple(self.values.shape)} and indices {tuple(self.indices.shape)} need one shape"
             )
 
     @property

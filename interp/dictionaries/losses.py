@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.dictionaries.sae import TopKSAE
-from interp.kernels.sparse_autograd import sparse_decode
 
 
 def fvu_loss(target: Float[Tensor, "batch d"], output: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
@@ -41,5 +40,5 @@ def auxk_loss(
         e = error.detach()
         variance = (e - e.mean(0)).square().sum()
     codes = sae.latents(u, selected, pool[position])
-    missed = (sparse_decode(codes.values, codes.indices, sae.W_dec) - e).square().sum()
+    missed = (sae.combine(codes) - e).square().sum()
     return torch.nan_to_num(missed / variance, nan=0.0, posinf=0.0)

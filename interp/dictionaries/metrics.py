@@ -104,9 +104,7 @@ def evaluate(dictionary: Dictionary, batches: Iterable[Float[Tensor, "n d"]]) ->
 
 
 @torch.no_grad()
-def mean_max_cosine(
-    truth: Float[Tensor, "n d"], features: Float[Tensor, "m d"]
-) -> float:
+def mean_max_cosine(truth: Float[Tensor, "n d"], features: Float[Tensor, "m d"]) -> float:
     """Mean over true directions of the largest cosine with a learned one (MMCS). Print the chance level beside it."""
     cosines = F.normalize(truth.double(), dim=1) @ F.normalize(features.double(), dim=1).T
     return float(cosines.max(1).values.mean())

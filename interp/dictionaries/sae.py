@@ -20,8 +20,11 @@ from interp.core.errors import InterpError
 from interp.core.seed import torch_generator
 from interp.dictionaries.base import check_width
 from interp.dictionaries.codes import SparseCodes
-from interp.kernels.sparse_autograd import sparse_decode, sparse_encode
-from interp.kernels.topk_encode import preactivations, topk_encode
+from interp.kernels.sparse_autograd import (  # pyright: ignore[reportMissingImports]  # found at run time
+    sparse_decode,
+    sparse_encode,
+)
+from interp.kernels.topk_encode import preactivations, topk_encode  # pyright: ignore[reportMissingImports]
 
 
 class TopKSAE(nn.Module):
@@ -96,12 +99,16 @@ class TopKSAE(nn.Module):
         shape = (*x.shape[:-1], self.k)
         return SparseCodes(codes.values.reshape(shape), indices.reshape(shape), self.d_dict)
 
+    def combine(self, codes: SparseCodes) -> Float[Tensor, "batch d_out"]:
+        """f W_dec of codes with one token axis: no bias, no scale."""
+        return sparse_decode(codes.values, codes.indices, self.W_dec)
+
     def decode(self, codes: SparseCodes) -> Float[Tensor, "*batch d_out"]:
         """x_hat, in the units of x."""
         if codes.d_dict != self.d_dict:
             raise InterpError(f"codes over {codes.d_dict} latents do not fit a dictionary with d_dict={self.d_dict}")
         flat = codes.flat()
-        x_hat = (sparse_decode(flat.values, flat.indices, self.W_dec) + self.b_dec) / self.scale
+        x_hat = (self.combine(flat) + self.b_dec) / self.scale
         return x_hat.reshape(*codes.values.shape[:-1], self.d_out)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:

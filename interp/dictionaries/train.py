@@ -5,8 +5,8 @@ latents only, the part of the decoder gradient along each row removed BEFORE the
 back to unit norm. Schedules are functions of the step. A latent is dead when it has not fired for `dead_after_tokens`.
 
     lr(step) = peak * warm-up * decay ;  peak = 2e-4 / sqrt(d_dict / 2^14) unless given
-Papers: L. Gao et al., 2024, https://arxiv.org/abs/2406.04093; the lr law is the one of dictionary_learning and sparsify.
-Feed shuffled tokens: consecutive ones are correlated, and position 0 is a massive activation that must be dropped first.
+Paper: L. Gao et al., 2024, https://arxiv.org/abs/2406.04093; the lr law is that of dictionary_learning and sparsify.
+Feed shuffled tokens (consecutive ones are correlated), and drop massive activations first (`interp.dictionaries.sinks`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from interp.core.errors import InterpError
 from interp.core.progress import track
 from interp.dictionaries.losses import auxk_loss, fvu_loss
 from interp.dictionaries.sae import TopKSAE
-from interp.kernels.sparse_autograd import sparse_decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,8 @@ class TrainConfig:
             raise InterpError(f"k={self.k} must lie in 1..d_dict={self.d_dict}; lower k or widen the dictionary")
         if self.lr < 0 or self.aux_weight < 0:
             raise InterpError(f"lr={self.lr} and aux_weight={self.aux_weight} must not be negative")
-        if not (0 <= self.warmup_fraction and 0 <= self.decay_fraction and self.warmup_fraction + self.decay_fraction <= 1):
+        fractions = (self.warmup_fraction, self.decay_fraction)
+        if min(fractions) < 0 or sum(fractions) > 1:
             raise InterpError("warmup_fraction and decay_fraction must lie in 0..1 and sum to at most 1")
 
 
@@ -152,7 +152,7 @@ class _Steps:
         z = sae.preactivations(u, self._buffer(x))
         selected, indices = z.topk(cfg.k, dim=-1, sorted=False)
         codes = sae.latents(u, selected, indices)
-        error = u - sparse_decode(codes.values, codes.indices, sae.W_dec)
+        error = u - sae.combine(codes)
         target = x * sae.scale
         fvu = fvu_loss(target, target - error)
         dead = self.silent >= cfg.dead_after_tokens
@@ -195,7 +195,9 @@ def train_sae(batches: Iterator[Float[Tensor, "batch d"]], sample: Float[Tensor,
         try:
             x = next(batches)
         except StopIteration as error:
-            raise InterpError(f"the activations ran out at step {number} of {cfg.n_steps}; pass an endless stream") from error
+            raise InterpError(
+                f"the activations ran out at step {number} of {cfg.n_steps}; pass an endless stream"
+            ) from error
         row = steps.step(number, x.float())
         if number % cfg.log_every == 0 or number == cfg.n_steps - 1:
             curve.append(row)

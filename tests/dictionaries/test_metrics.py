@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from interp.core.errors import InterpError
-from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
 from interp.dictionaries.base import Dictionary, reconstruct, rows
+from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
 from interp.dictionaries.metrics import Moments, evaluate, mean_max_cosine
 from interp.dictionaries.sae import TopKSAE
 from interp.dictionaries.sinks import ordinary

@@ -70,7 +70,9 @@ def test_dead_latents_come_back_through_the_auxiliary_loss():
 
     def firing(weight: float) -> tuple[int, list[float]]:
         _, batches = planted(24, 48, 3, 256, seed=1)
-        cfg = TrainConfig(d_dict=48, k=3, n_steps=300, batch_size=256, lr=3e-3, dead_after_tokens=1_000, aux_weight=weight)
+        cfg = TrainConfig(
+            d_dict=48, k=3, n_steps=300, batch_size=256, lr=3e-3, dead_after_tokens=1_000, aux_weight=weight
+        )
         sae = initial(next(batches), cfg)
         with torch.no_grad():
             sae.b_enc[:24] -= 0.8 * math.sqrt(24)
@@ -127,7 +129,11 @@ def test_learning_rate_is_a_function_of_the_step():
     peak = 2e-4 / math.sqrt(2304 / 16384)
     rates = [learning_rate(step, cfg) for step in range(100)]
     assert rates[0] == pytest.approx(peak / 10) and rates[9] == rates[50] == pytest.approx(peak)
-    assert rates[80] == pytest.approx(peak) and rates[90] == pytest.approx(peak / 2) and rates[99] == pytest.approx(peak / 20)
+    assert (
+        rates[80] == pytest.approx(peak)
+        and rates[90] == pytest.approx(peak / 2)
+        and rates[99] == pytest.approx(peak / 20)
+    )
     assert min(rates) > 0
     assert learning_rate(50, TrainConfig(lr=0.7)) == 0.7
 

@@ -1,10 +1,9 @@
-"""The differentiable pieces: gradcheck in float64 on every output, and the dense autograd reference with its ReLU mask."""
+"""The differentiable pieces: gradcheck in float64 on every output, and a dense autograd reference with its ReLU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
 from interp.kernels.sparse_autograd import sparse_decode, sparse_encode
 from interp.kernels.sparse_decode import decode, decode_eager
 from interp.kernels.sparse_grad import by_latent, rows_grad_eager, values_grad_eager

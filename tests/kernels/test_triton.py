@@ -93,7 +93,11 @@ def test_int32_indices_and_strided_inputs():
     codes = dense(strided, indices, 9)
     for index in (indices, indices.int(), indices.t().contiguous().t()):
         close(sd.decode_triton(strided, index, tall), codes @ rows.double(), torch.float32)
-        close(sg.values_grad_triton(slanted, index, tall), (grad.double() @ rows.double().T).gather(1, indices), torch.float32)
+        close(
+            sg.values_grad_triton(slanted, index, tall),
+            (grad.double() @ rows.double().T).gather(1, indices),
+            torch.float32,
+        )
         close(sg.rows_grad_triton(strided, index, slanted, 9), codes.T @ grad.double(), torch.float32)
 
 
@@ -125,6 +129,11 @@ def test_kernels_import_where_triton_is_absent():
         "assert out.tolist() == [[1.0, 1.0, 1.0]]\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -40,7 +40,7 @@ FIXED = {
 def save_saelens(
     sae: TopKSAE, folder: Path | str, *, site: Site | None = None, metadata: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a dictionary as a SAELens folder; an older dictionary of that name is replaced, anything else is refused."""
+    """Write a dictionary as a SAELens folder; an older dictionary there is replaced, other folders refused."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
         raise ArtefactError(f"{folder} exists and is not a saved dictionary; choose another folder")

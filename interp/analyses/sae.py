@@ -1,0 +1,296 @@
+"""Sparse autoencoder: can the activations of a site be written as few learned directions, and does the model agree?
+
+A top-k autoencoder is trained on stored activations of one site and judged on other text: by the variance it leaves
+unexplained (FVU), and by what the model loses when its reconstruction replaces the activation,
+    loss_recovered = (CE_zero - CE_sae) / (CE_zero - CE_base).
+Beside it stand PCA with as many components as it has active latents, an untrained dictionary of the same shape, and
+zero ablation. Intervals and tests are over sequences.
+Paper: L. Gao et al., Scaling and evaluating sparse autoencoders, 2024, https://arxiv.org/abs/2406.04093.
+Beware: a low FVU does not mean that the directions are the model's own; position 0 can hold a massive activation, and is
+left out together with every token whose norm is far above the median.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from interp.analyses.sae_views import PANELS, control_rows, evaluation_table, histogram, with_baselines
+from interp.core.errors import InterpError
+from interp.core.manifest import Manifest
+from interp.core.result import LabelledTensor, Result
+from interp.core.seed import torch_generator
+from interp.core.sites import Site
+from interp.core.spec import Spec, Tolerance
+from interp.dictionaries.base import Dictionary
+from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
+from interp.dictionaries.formats import saelens
+from interp.dictionaries.heldout import held_out, score
+from interp.dictionaries.metrics import METRICS
+from interp.dictionaries.sae import TopKSAE
+from interp.dictionaries.sinks import ordinary
+from interp.dictionaries.splice import loss_recovered
+from interp.dictionaries.train import TrainConfig, Trained, train_sae
+from interp.instrument.store import ActivationStore, StoreConfig
+from interp.instrument.tokens import TokenRecord, from_ids
+from interp.models.bundled import cache_dir
+from interp.models.model import LoadedModel
+from interp.tasks.corpora import load_corpus
+
+SAMPLE = 32_768
+"""Training activations from which the scale, PCA and the gain of the random dictionary are fitted, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """What to train, on which activations."""
+
+    site: str = "resid_post.10"
+    """Where to read: any site with axes batch, pos, width."""
+    corpus: str = "docs"
+    """Text to train and evaluate on: docs, docs:TOPIC, docstrings:PACKAGE or file:PATH."""
+    n_sequences: int = 320
+    """Training sequences, from the start of the corpus."""
+    n_eval: int = 24
+    """Held-out sequences, right after them."""
+    length: int = 128
+    """Tokens per sequence."""
+    d_dict: int = 2304
+    """Number of latents."""
+    k: int = 32
+    """Active latents per token."""
+    n_steps: int = 300
+    """Optimiser steps."""
+    batch_size: int = 1024
+    """Tokens per step."""
+    seed: int = 0
+    """Initial directions and order of the tokens."""
+    drop_norm: float = 10.0
+    """Leave out position 0 and tokens whose norm exceeds this multiple of the median; 0 keeps every token."""
+    store_dtype: str = "float16"
+    """Precision of the stored activations: float16, bfloat16 or float32."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SAEData:
+    """Disjoint text to train on and to evaluate on."""
+
+    train: TokenRecord
+    test: TokenRecord
+    store: Path | None
+    """Where activation stores are kept; None for a temporary folder."""
+
+
+def load(model: LoadedModel, cfg: SAEConfig) -> SAEData:
+    """The first sequences of the corpus for training, the next ones held out."""
+    return SAEData(
+        train=load_corpus(model, cfg.corpus, cfg.n_sequences, cfg.length),
+        test=load_corpus(model, cfg.corpus, cfg.n_eval, cfg.length, skip=cfg.n_sequences),
+        store=cache_dir() / "stores",
+    )
+
+
+def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
+    """Capture, train, compare on held-out text."""
+    started = time.perf_counter()
+    site = model.table.one(cfg.site)
+    train_cfg = TrainConfig(
+        d_dict=cfg.d_dict, k=cfg.k, n_steps=cfg.n_steps, batch_size=cfg.batch_size, seed=cfg.seed,
+        dead_after_tokens=data.train.n_tokens,
+    )  # fmt: skip
+    if data.test.hash == data.train.hash:
+        raise InterpError("the held-out text is the training text; evaluate on other sequences")
+    if len(data.test) < 2:
+        raise InterpError(f"n_eval={cfg.n_eval} held-out sequences give no interval; use at least 2, better 20")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = data.store or Path(scratch)
+        store = ActivationStore.write(model, data.train, site, folder, StoreConfig(dtype=cfg.store_dtype))
+        trained, dictionaries, median, n_dropped = _train(store, site, train_cfg, cfg)
+    test = held_out(model, data.test, site, drop_norm=cfg.drop_norm, median=median)
+    scores, base = score(model, test, dictionaries)
+    table = evaluation_table(scores, base, cfg.seed)
+    found = scores["SAE"].evaluation
+    headline = _headline(table, found.dead_fraction)
+    return Result(
+        headline=headline | {"site": str(site), "scale": trained.scale},
+        tables={
+            "evaluation": table,
+            "training": trained.curve,
+            "curve": with_baselines(trained.curve, table),
+            "density": histogram(found.density),
+            "latents": pd.DataFrame({"latent": range(cfg.d_dict), "density": found.density.numpy()}),
+        },
+        panels=PANELS,
+        controls=control_rows(scores, cfg.k),
+        manifest=Manifest(
+            method="sae",
+            model=model.record(),
+            config=dataclasses.asdict(cfg),
+            data={
+                "name": cfg.corpus,
+                "hash": data.train.hash,
+                "hash_held_out": data.test.hash,
+                "n_tokens": data.train.n_tokens,
+                "n_tokens_held_out": data.test.n_tokens,
+                "store": store.key,
+                "hook_name": next(iter(site.aliases), str(site)),
+            },
+            sites=(str(site),),
+            seeds=(cfg.seed,),
+            metrics=METRICS,
+            seconds=time.perf_counter() - started,
+        ),
+        tensors=_tensors(trained.sae) | {"density": LabelledTensor(values=found.density, axes=("latent",))},
+        notes=_notes(cfg, data, n_dropped, int((~test.keep).sum()), headline),
+    )
+
+
+def _train(
+    store: ActivationStore, site: Site, train_cfg: TrainConfig, cfg: SAEConfig
+) -> tuple[Trained, dict[str, Dictionary], float, int]:
+    """The trained dictionary and its baselines, the median norm, and the number of tokens left out."""
+    if len(store.sites[str(site)]) != 1:
+        raise InterpError(
+            f"{site} has shape {store.sites[str(site)]} per token; a dictionary takes one axis, e.g. resid_post"
+        )
+    norms = store.norms(site)
+    median = float(norms.median())
+    keep = ordinary(norms[:, None], cfg.drop_norm)
+    if cfg.drop_norm:
+        keep &= store.tokens()[2] > 0
+    n_kept = int(keep.sum())
+    if n_kept < cfg.k + 1:
+        raise InterpError(f"{n_kept} training tokens are left; raise n_sequences or drop_norm")
+    sample = next(store.batches(site, min(n_kept, SAMPLE), seed=cfg.seed, keep=keep)).float()
+    trained = train_sae(store.batches(site, cfg.batch_size, seed=cfg.seed, keep=keep), sample, train_cfg)
+    n_components = min(cfg.k, sample.shape[1])
+    dictionaries: dict[str, Dictionary] = {
+        "SAE": trained.sae,
+        "PCA": fit_pca(sample, n_components),
+        "random": random_dictionary(sample, cfg.d_dict, cfg.k, seed=cfg.seed + 1),
+        "zero": ZeroDictionary(torch.zeros(sample.shape[1])),
+    }
+    return trained, dictionaries, median, len(store) - n_kept
+
+
+def _headline(table: pd.DataFrame, dead_fraction: float) -> dict[str, Any]:
+    rows = table.set_index("dictionary")
+    ce = {str(name): float(value) for name, value in rows["ce"].items()}
+    fvu = {str(name): float(value) for name, value in rows["fvu"].items()}
+    return {
+        "fvu": fvu["SAE"],
+        "fvu_low": float(rows.at["SAE", "fvu_low"]),
+        "fvu_high": float(rows.at["SAE", "fvu_high"]),
+        "l0": float(rows.at["SAE", "l0"]),
+        "dead_fraction": dead_fraction,
+        "loss_recovered": loss_recovered(ce["zero"], ce["SAE"], ce["none"]),
+        "loss_recovered_pca": loss_recovered(ce["zero"], ce["PCA"], ce["none"]),
+        "fvu_pca": fvu["PCA"],
+        "fvu_random": fvu["random"],
+        "ce_base": ce["none"],
+        "ce_sae": ce["SAE"],
+        "ce_zero": ce["zero"],
+    }
+
+
+def _tensors(sae: TopKSAE) -> dict[str, LabelledTensor]:
+    axes = {"W_enc": ("d_in", "latent"), "b_enc": ("latent",), "W_dec": ("latent", "d_out"), "b_dec": ("d_out",)}
+    return {
+        name: LabelledTensor(values=getattr(sae, name).detach().cpu().contiguous(), axes=names)
+        for name, names in axes.items()
+    }
+
+
+def _notes(
+    cfg: SAEConfig, data: SAEData, n_dropped: int, n_dropped_test: int, headline: dict[str, Any]
+) -> tuple[str, ...]:
+    rule = (
+        f"position 0 and tokens whose norm exceeds {cfg.drop_norm:g} times the median" if cfg.drop_norm else "no token"
+    )
+    passes = cfg.n_steps * cfg.batch_size / max(data.train.n_tokens - n_dropped, 1)
+    notes = [
+        f"left out: {rule} ({n_dropped} of {data.train.n_tokens} training tokens, {n_dropped_test} of "
+        f"{data.test.n_tokens} held-out ones); spliced runs keep their own activation there",
+        f"dead_fraction counts latents silent on all {data.test.n_tokens - n_dropped_test} held-out tokens",
+        f"trained for {passes:.1f} passes over {data.train.n_tokens} tokens: a demonstration, not a converged dictionary",
+    ]
+    if headline["loss_recovered"] is None:
+        notes.append("zero ablation does not raise this model's loss here, so loss_recovered is undefined")
+    return tuple(notes)
+
+
+def dictionary_of(result: Result) -> TopKSAE:
+    """The trained dictionary, rebuilt from a result (also one that was loaded from disk)."""
+    if result.method != "sae":
+        raise InterpError(f"a result of {result.method!r} holds no dictionary; run `sae`")
+    W_dec = result.tensors["W_dec"].values
+    sae = TopKSAE(W_dec.shape[1], W_dec.shape[0], int(result.manifest.config["k"]), dtype=W_dec.dtype)
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(sae, name).copy_(result.tensors[name].values)
+    return sae.requires_grad_(False)
+
+
+def save_saelens(what: Result | TopKSAE, folder: Path | str) -> Path:
+    """Write the dictionary as a folder that `sae_lens.SAE.load_from_disk` reads."""
+    if isinstance(what, TopKSAE):
+        return saelens.save_saelens(what, folder)
+    config = what.manifest.config
+    metadata = {
+        "model_name": what.manifest.model.source,
+        "context_size": config["length"],
+        "dataset_path": config["corpus"],
+        "hook_name": what.manifest.data["hook_name"],
+        "interp_site": what.manifest.sites[0],
+        "interp_weight_hash": what.manifest.model.weight_hash,
+    }
+    return saelens.save_saelens(dictionary_of(what), folder, metadata=metadata)
+
+
+def example(model: LoadedModel) -> tuple[SAEData, SAEConfig]:
+    """A small case for a tiny model: the residual stream after its first block, on random tokens."""
+    cfg = SAEConfig(
+        site="resid_post.0",
+        corpus="example",
+        n_sequences=12,
+        n_eval=4,
+        length=24,
+        d_dict=48,
+        k=4,
+        n_steps=30,
+        batch_size=64,
+    )
+    generator = torch_generator(0, "sae-example")
+    d_vocab = model.dims.d_vocab or 2
+    ids = torch.randint(0, d_vocab, (cfg.n_sequences + cfg.n_eval, cfg.length), generator=generator)
+    train, test = from_ids(model, ids[: cfg.n_sequences]), from_ids(model, ids[cfg.n_sequences :])
+    return SAEData(train=train, test=test, store=None), cfg
+
+
+SPEC = Spec(
+    name="sae",
+    question="Can a site's activations be written as few learned directions, and does the model agree?",
+    paper="L. Gao et al., Scaling and evaluating sparse autoencoders, 2024, https://arxiv.org/abs/2406.04093",
+    config=SAEConfig,
+    load=load,
+    run=run,
+    example=example,
+    metrics=METRICS,
+    tolerances={
+        "fvu": Tolerance(relative=0.02),
+        "fvu_low": Tolerance(relative=0.03),
+        "fvu_high": Tolerance(relative=0.03),
+        "l0": Tolerance(relative=0.01),
+        "dead_fraction": Tolerance(absolute=0.01),
+        "loss_recovered": Tolerance(absolute=0.01),
+        "ce_sae": Tolerance(absolute=0.03),
+    },
+)
+"""Training amplifies rounding (another number of threads sums in another order), hence the wider tolerances."""
