@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -172,7 +172,7 @@ def _read(source: Path) -> tuple[nn.Module, Any]:
 
 
 @contextmanager
-def _one_pass() -> Iterator[None]:
+def _one_pass() -> Generator[None]:
     """Let transformers parse the file once instead of three times, and build its name table once instead of per module.
 
     It looks both up in the `gguf` module at every call; for the duration of the block they remember their answers.

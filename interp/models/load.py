@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,9 @@ def load(
             raise InterpError("a live module is taken as it is; move or cast it yourself before load(...)")
         model = _live(what, tokenizer)
     else:
-        place = {"device": device or "cpu", "dtype": dtype or torch.float32, "device_map": device_map}
-        model = _named(str(what), tokenizer, **place)
+        model = _named(
+            str(what), tokenizer, device=device or "cpu", dtype=dtype or torch.float32, device_map=device_map
+        )
     if check:
         from interp.models.probe import quick_check
 
@@ -68,7 +69,7 @@ def _live(module: nn.Module, tokenizer: Any) -> LoadedModel:
 
 
 def _named(what: str, tokenizer: Any, *, device: Any, dtype: torch.dtype, device_map: Any) -> LoadedModel:
-    place = {"device": device, "dtype": dtype, "device_map": device_map}
+    place: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map}
     path = Path(what).expanduser()
     if what in BUNDLED:
         folder = _converted(BUNDLED[what].paths(), what)
@@ -196,7 +197,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet(*, progress: bool = False) -> Iterator[None]:
+def quiet(*, progress: bool = False) -> Generator[None]:
     """Keep transformers from printing inside the block; its settings are put back afterwards."""
     from transformers.utils import logging as hf_logging
 

@@ -68,19 +68,16 @@ class Measured:
 
     def dose_table(self, seed: int) -> pd.DataFrame:
         """Mean effect against strength, with its interval; controls are lines from zero to the chosen strength."""
-        zero = {"strength": 0.0, "effect": 0.0, "low": 0.0, "high": 0.0}
-        rows: list[dict[str, object]] = [{"series": "mean difference", **zero}]
+        rows: list[tuple[str, float, float, float, float]] = [("mean difference", 0.0, 0.0, 0.0, 0.0)]
         for strength, values in zip(self.strengths, self.doses, strict=True):
             found = bootstrap_interval(values - self.base, seed=seed)
-            rows.append(
-                {"series": "mean difference", "strength": strength, "effect": found.estimate}
-                | {"low": found.low, "high": found.high}
-            )
+            rows.append(("mean difference", strength, found.estimate, found.low, found.high))
         for number, effect in enumerate(self.random.mean(1).tolist()):
             name = f"control: random {number}"
-            at = {"strength": self.strength, "effect": effect, "low": effect, "high": effect}
-            rows += [{"series": name, **zero}, {"series": name, **at}]
-        return pd.DataFrame(rows).sort_values(["series", "strength"], ignore_index=True)
+            rows += [(name, 0.0, 0.0, 0.0, 0.0), (name, self.strength, effect, effect, effect)]
+        return pd.DataFrame(rows, columns=["series", "strength", "effect", "low", "high"]).sort_values(
+            ["series", "strength"], ignore_index=True
+        )
 
     def prompt_table(self, prompts: tuple[str, ...]) -> pd.DataFrame:
         """One row per reported prompt, in order."""

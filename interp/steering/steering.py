@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import pandas as pd
 import torch
@@ -222,28 +222,27 @@ def _controls(found: Measured, cfg: SteeringConfig) -> tuple[Control, ...]:
 
 
 def _panels(found: Measured, cfg: SteeringConfig) -> tuple[Panel, ...]:
-    settings: dict[str, Any] = {"kind": "heatmap", "table": "sweep", "x": "strength", "y": "layer"}
-    axes = {"x_label": "strength (multiples of the stream's norm)", "y_label": "layer"}
+    strength, change = "strength (multiples of the stream's norm)", "change of propensity (nats)"
     return (
         Panel(
-            title="Effect by layer and strength", value="effect", value_label="change of propensity (nats)",
+            title="Effect by layer and strength", kind="heatmap", table="sweep", x="strength", y="layer",
+            value="effect", x_label=strength, y_label="layer", value_label=change,
             reading=f"Measured on the choosing half of the prompts. Kept: {found.site} at {found.strength:g}.",
-            **settings, **axes,
         ),
         Panel(
-            title="Cost on neutral text", value="kl", value_label="KL (nats per token)",
-            reading=f"To be chosen, a setting may cost at most {cfg.kl_budget:g}; a large effect elsewhere is paid here.",
-            **settings, **axes,
+            title="Cost on neutral text", kind="heatmap", table="sweep", x="strength", y="layer",
+            value="kl", x_label=strength, y_label="layer", value_label="KL (nats per token)",
+            reading=f"To be chosen, a setting may cost at most {cfg.kl_budget:g}; large effects elsewhere cost it.",
         ),
         Panel(
             title=f"Dose and response at {found.site}", kind="line", table="dose", x="strength", y="effect",
-            group="series", low="low", high="high", x_label=axes["x_label"], y_label="change of propensity (nats)",
+            group="series", low="low", high="high", x_label=strength, y_label=change,
             reading="On prompts that took no part in the choice, with bootstrap intervals; grey: random directions of "
             "equal norm. The effect counts only as far as it leaves the grey.",
         ),
         Panel(
             title="Every prompt", kind="bar", table="prompts", x="number", y="effect", x_label="reported prompt",
-            y_label="change of propensity (nats)",
+            y_label=change,
             reading="A mean can hide prompts that move the wrong way; they would point down.",
         ),
     )  # fmt: skip

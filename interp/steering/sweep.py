@@ -111,8 +111,8 @@ class Sweep:
         table = self.table().query("strength > 0")
         if table.empty:
             raise InterpError(f"strengths={self.strengths} has no positive value to choose")
-        within = table[table["kl"] <= budget]
-        best = table.loc[table["kl"].idxmin()] if within.empty else within.loc[within["effect"].idxmax()]
+        within = table.query("kl <= @budget")
+        best = table.sort_values("kl").iloc[0] if within.empty else within.sort_values("effect").iloc[-1]
         return int(best["layer"]), float(best["strength"]), not within.empty
 
 
