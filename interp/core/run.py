@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -49,21 +51,34 @@ def save_run(folder: Path, run: Run) -> Path:
     methods = [result.method for result in run.results]
     if len(set(methods)) != len(methods):
         raise InterpError(f"a run holds one result per method, got {methods}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
-        raise ArtefactError(f"{folder} is not empty and not a run; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    draft, old = (folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}" for kind in ("new", "old"))
     try:
-        draft.mkdir()
+        if folder.exists() and not folder.is_dir():
+            raise ArtefactError(f"{folder} is a file; choose another folder")
+        if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+            raise ArtefactError(f"{folder} is not empty and not a run; choose another folder")
+        draft.mkdir(parents=True)
         _write(draft, run)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    except OSError as error:
-        raise ArtefactError(f"could not write {folder}: {error.strerror or error}; free space or pass --out") from error
+        _swap(draft, folder, old)
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ArtefactError(f"could not write {folder}: {reason}; free space or choose another folder") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _swap(draft: Path, folder: Path, old: Path) -> None:
+    """Give the draft its name; the older run moves aside first and comes back if that fails."""
+    if folder.exists():
+        folder.rename(old)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
 
 
 def _write(folder: Path, run: Run) -> None:
@@ -74,7 +89,7 @@ def _write(folder: Path, run: Run) -> None:
         for name, table in result.tables.items():
             table.to_parquet(folder / "tables" / f"{result.method}.{name}.parquet", index=False)
         for name, labelled in result.tensors.items():
-            tensors[f"{result.method}.{name}"] = labelled.values.detach().cpu().contiguous()
+            tensors[f"{result.method}.{name}"] = labelled.values.detach().cpu().clone().contiguous()
         entries.append(
             {
                 "manifest": result.manifest.to_json(),
@@ -93,12 +108,35 @@ def _write(folder: Path, run: Run) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary name, then rename. NaN and infinity are refused: JSON has no word for them."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False, default=_plain)
+    except ValueError as error:
+        found = ", ".join(_not_finite(value)) or str(error)
+        raise InterpError(f"{path.name} cannot hold NaN or infinity: {found}; leave it out or say None") from error
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        draft.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draft.write_text(text + "\n", encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} {value!r} is not a plain value")
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[str]:
+    """Where in a JSON-able value the numbers are that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{name}[{index}]")
+    elif isinstance(value, float | np.floating) and not math.isfinite(value):
+        yield f"{name} = {value}"
 
 
 def load_run(folder: Path) -> Run:
@@ -112,7 +150,10 @@ def load_run(folder: Path) -> Run:
             raise ArtefactError(f"{path} has format {raw['format']!r}, this version reads {FORMAT}")
         results = tuple(_read(folder, entry) for entry in raw["results"])
         return Run(results=results, facts=raw["facts"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError, OSError) as error:
+    except ArtefactError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, SafetensorError, OSError) as error:
+        # ValueError covers what json, parquet and our own checks raise.
         raise ArtefactError(f"{folder} is damaged or foreign: {type(error).__name__}: {error}") from error
 
 

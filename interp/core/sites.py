@@ -143,6 +143,8 @@ class Site:
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)-(\d+)$")
+MAX_RANGE = 10_000
+"""Longest layer range that is written out; no network has as many, a slip of the key has."""
 
 
 def expand(pattern: str) -> list[str]:
@@ -157,6 +159,8 @@ def expand(pattern: str) -> list[str]:
         low, high = int(span[1]), int(span[2])
         if low > high:
             raise SiteError(f"empty layer range in {pattern!r}: {low} is after {high}")
+        if high - low >= MAX_RANGE:
+            raise SiteError(f"layer range in {pattern!r} names {high - low + 1} layers; at most {MAX_RANGE}")
         return [f"{stem}.{layer}" for layer in range(low, high + 1)]
     return [pattern]
 

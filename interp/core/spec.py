@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from interp.core.errors import InterpError, unknown
 from interp.core.result import Result
@@ -89,32 +91,79 @@ def find(name: str) -> Spec:
 
 
 def build_config(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """A config from plain values; unknown keys and wrong types raise."""
+    """A config from plain values (JSON, YAML or command-line text); unknown keys and wrong types raise."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
             raise unknown(f"option of {kind.__name__}", key, fields)
-    defaults = kind()
-    return dataclasses.replace(
-        defaults, **{key: _coerce(kind, key, getattr(defaults, key), value) for key, value in values.items()}
-    )
+    hints = get_type_hints(kind)
+    return kind(**{key: _coerce(f"{kind.__name__}.{key}", hints[key], value) for key, value in values.items()})
 
 
-def _coerce(kind: type[Any], key: str, default: Any, value: Any) -> Any:
-    """Turn JSON or command-line text into the type of the default."""
+def _coerce(name: str, hint: Any, value: Any) -> Any:
+    """Turn JSON or text into the annotated type: a scalar, a literal, a tuple of either, or one of these or None."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        return _first_that_fits(name, [a for a in arguments if a is not NoneType], value)
+    if origin is Literal:
+        if value not in arguments:
+            raise unknown(f"value of {name}", str(value), map(str, arguments))
+        return value
+    if origin is tuple:
+        items = _items(value)
+        kinds = arguments[:1] * len(items) if arguments[1:] == (...,) else arguments
+        if len(items) != len(kinds):
+            raise InterpError(f"{name}={value!r} needs {len(kinds)} values, got {len(items)}")
+        return tuple(_coerce(name, each, item) for each, item in zip(kinds, items, strict=True))
+    return _scalar(name, hint, value)
+
+
+def _first_that_fits(name: str, kinds: list[Any], value: Any) -> Any:
+    for kind in kinds[:-1]:
+        try:
+            return _coerce(name, kind, value)
+        except InterpError:
+            continue
+    return _coerce(name, kinds[-1], value)
+
+
+def _items(value: Any) -> list[Any]:
+    """The members of a tuple: a list as it is, text split at commas, one scalar alone."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _scalar(name: str, kind: Any, value: Any) -> Any:
+    """One bool, int, float or str; nothing is rounded and nothing but text becomes text from a container."""
+    wrong = InterpError(f"{name}={value!r} is not a {getattr(kind, '__name__', kind)}")
+    if kind not in (bool, int, float, str):
+        return value
+    if value is None or isinstance(value, list | tuple | dict):
+        raise wrong
+    if kind is bool:
+        words = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
+        if str(value).lower() not in words:
+            raise wrong
+        return words[str(value).lower()]
+    if kind is str:
+        return str(value)
     try:
-        if isinstance(default, bool):
-            if str(value).lower() in ("true", "1", "yes", "on"):
-                return True
-            if str(value).lower() in ("false", "0", "no", "off"):
-                return False
-            raise ValueError(value)
-        if isinstance(default, tuple):
-            items = value.split(",") if isinstance(value, str) else list(value)
-            element = type(default[0]) if default else str  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-            return tuple(element(item) for item in items)  # pyright: ignore[reportUnknownVariableType]
-        if default is None or value is None:
-            return value
-        return type(default)(value)
-    except (TypeError, ValueError) as error:
-        raise InterpError(f"{kind.__name__}.{key}={value!r} is not a {type(default).__name__}") from error
+        made = float(value) if kind is float else int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise wrong from error
+    rounded = isinstance(value, float) and made != value
+    if isinstance(value, bool) or rounded or not math.isfinite(made):
+        raise wrong
+    return made
