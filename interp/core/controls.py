@@ -93,7 +93,8 @@ def bootstrap_interval(
     if drawn.min() == drawn.max():
         return Interval(estimate=estimate, low=float(drawn[0]), high=float(drawn[0]), level=level)
     normal = NormalDist()
-    below = float(np.mean(drawn < estimate) + 0.5 * np.mean(drawn == estimate))
+    near = TIE * float(np.abs(drawn - estimate).max())
+    below = float(np.mean(drawn < estimate - near) + 0.5 * np.mean(np.abs(drawn - estimate) <= near))
     bias = normal.inv_cdf(min(max(below, 1 / (n_resamples + 1)), n_resamples / (n_resamples + 1)))
     acceleration = _acceleration(x, statistic, generator)
     ends: list[float] = []
@@ -293,5 +294,5 @@ def _rank_sum_counts(ranks: np.ndarray, size: int) -> Int[np.ndarray, " sums"]:
     counts = np.zeros((size + 1, int(ranks.sum()) + 1), dtype=np.int64)
     counts[0, 0] = 1
     for rank in ranks:
-        counts[1:, rank:] += counts[:-1, : counts.shape[1] - rank].copy()
+        counts[1:, rank:] += counts[:-1, : counts.shape[1] - rank]
     return counts[size]

@@ -33,7 +33,9 @@ def within_level(hits: int, trials: int, level: float, *, calibrated: bool = Tru
 
 
 def test_interval_agrees_with_scipy() -> None:
-    for seed, draw in enumerate([RNG(0).normal(3, 1, 40), RNG(1).exponential(size=25), RNG(2).lognormal(0, 1, 60)]):
+    ties = np.repeat([0.1, 0.3], [13, 7])
+    skewed = [RNG(1).exponential(size=25), RNG(2).lognormal(0, 1, 60)]
+    for seed, draw in enumerate([RNG(0).normal(3, 1, 40), *skewed, ties]):
         ours = bootstrap_interval(draw, n_resamples=20_000, seed=seed)
         theirs = stats.bootstrap((draw,), np.mean, n_resamples=20_000, method="BCa", rng=RNG(9)).confidence_interval
         width = theirs.high - theirs.low
@@ -187,6 +189,8 @@ def test_permutation_does_not_depend_on_units() -> None:
     plain = permutation_test(a, b).p
     assert permutation_test(1e-9 * a, 1e-9 * b).p == plain
     assert permutation_test(1e9 * a + 5e9, 1e9 * b + 5e9).p == plain
+    close = permutation_test(np.round(a, 6) + 2.0**33, np.round(b, 6) + 2.0**33).p  # the offset dwarfs the spread
+    assert close == pytest.approx(plain, abs=2e-4)
 
 
 # Rank tests
