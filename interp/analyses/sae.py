@@ -6,8 +6,8 @@ unexplained (FVU), and by what the model loses when its reconstruction replaces 
 Beside it stand PCA with as many components as it has active latents, an untrained dictionary of the same shape, and
 zero ablation. Intervals and tests are over sequences.
 Paper: L. Gao et al., Scaling and evaluating sparse autoencoders, 2024, https://arxiv.org/abs/2406.04093.
-Beware: a low FVU does not mean that the directions are the model's own; position 0 can hold a massive activation, and is
-left out together with every token whose norm is far above the median.
+Beware: a low FVU does not mean that the directions are the model's own; position 0 can hold a massive activation, and
+is left out together with every token whose norm is far above the median.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from interp.analyses.sae_views import PANELS, control_rows, evaluation_table, histogram, with_baselines
+from interp.analyses.sae_views import (
+    PANELS,
+    control_rows,
+    evaluation_table,
+    histogram,
+    reconstruction_table,
+    with_baselines,
+)
 from interp.core.errors import InterpError
 from interp.core.manifest import Manifest
 from interp.core.result import LabelledTensor, Result
@@ -58,7 +65,7 @@ class SAEConfig:
     """Text to train and evaluate on: docs, docs:TOPIC, docstrings:PACKAGE or file:PATH."""
     n_sequences: int = 320
     """Training sequences, from the start of the corpus."""
-    n_eval: int = 24
+    n_eval: int = 16
     """Held-out sequences, right after them."""
     length: int = 128
     """Tokens per sequence."""
@@ -66,7 +73,7 @@ class SAEConfig:
     """Number of latents."""
     k: int = 32
     """Active latents per token."""
-    n_steps: int = 300
+    n_steps: int = 400
     """Optimiser steps."""
     batch_size: int = 1024
     """Tokens per step."""
@@ -122,6 +129,7 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
         headline=headline | {"site": str(site), "scale": trained.scale},
         tables={
             "evaluation": table,
+            "reconstruction": reconstruction_table(table),
             "training": trained.curve,
             "curve": with_baselines(trained.curve, table),
             "density": histogram(found.density),
@@ -181,14 +189,14 @@ def _train(
 
 
 def _headline(table: pd.DataFrame, dead_fraction: float) -> dict[str, Any]:
-    rows = table.set_index("dictionary")
-    ce = {str(name): float(value) for name, value in rows["ce"].items()}
-    fvu = {str(name): float(value) for name, value in rows["fvu"].items()}
+    by_name = {row["dictionary"]: row for row in table.to_dict("records")}
+    ce = {name: float(row["ce"]) for name, row in by_name.items()}
+    fvu = {name: float(row["fvu"]) for name, row in by_name.items()}
     return {
         "fvu": fvu["SAE"],
-        "fvu_low": float(rows.at["SAE", "fvu_low"]),
-        "fvu_high": float(rows.at["SAE", "fvu_high"]),
-        "l0": float(rows.at["SAE", "l0"]),
+        "fvu_low": float(by_name["SAE"]["fvu_low"]),
+        "fvu_high": float(by_name["SAE"]["fvu_high"]),
+        "l0": float(by_name["SAE"]["l0"]),
         "dead_fraction": dead_fraction,
         "loss_recovered": loss_recovered(ce["zero"], ce["SAE"], ce["none"]),
         "loss_recovered_pca": loss_recovered(ce["zero"], ce["PCA"], ce["none"]),
@@ -219,7 +227,7 @@ def _notes(
         f"left out: {rule} ({n_dropped} of {data.train.n_tokens} training tokens, {n_dropped_test} of "
         f"{data.test.n_tokens} held-out ones); spliced runs keep their own activation there",
         f"dead_fraction counts latents silent on all {data.test.n_tokens - n_dropped_test} held-out tokens",
-        f"trained for {passes:.1f} passes over {data.train.n_tokens} tokens: a demonstration, not a converged dictionary",
+        f"trained for {passes:.1f} passes over {data.train.n_tokens} tokens: not a converged dictionary",
     ]
     if headline["loss_recovered"] is None:
         notes.append("zero ablation does not raise this model's loss here, so loss_recovered is undefined")
@@ -260,7 +268,7 @@ def example(model: LoadedModel) -> tuple[SAEData, SAEConfig]:
         site="resid_post.0",
         corpus="example",
         n_sequences=12,
-        n_eval=4,
+        n_eval=10,
         length=24,
         d_dict=48,
         k=4,

@@ -1,8 +1,8 @@
 """Dictionaries side by side on text that none of them has seen: FVU, L0, dead latents, and what the model loses.
 
 Everything is kept per sequence, because sequences are the independent units: tokens of one text are not. FVU of a
-sequence is its squared error over the mean variance per sequence of the whole set, so that the mean over sequences is the
-FVU of the set, and a bootstrap over sequences resamples what can be resampled.
+sequence is its squared error over the mean variance per sequence of the whole set, so that the mean over sequences is
+the FVU of the set, and a bootstrap over sequences resamples what can be resampled.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def spliced_losses(
     conditions: dict[str, Dictionary | None],
     keep: Bool[Tensor, "batch pos"],
     *,
-    batch_size: int = 8,
+    batch_size: int = 16,
 ) -> dict[str, Losses]:
     """Losses per sequence with each dictionary spliced in at the kept tokens; `None` is the untouched model."""
     if keep.shape != record.ids.shape:

@@ -6,7 +6,7 @@ back to unit norm. Schedules are functions of the step. A latent is dead when it
 
     lr(step) = peak * warm-up * decay ;  peak = 2e-4 / sqrt(d_dict / 2^14) unless given
 Paper: L. Gao et al., 2024, https://arxiv.org/abs/2406.04093; the lr law is that of dictionary_learning and sparsify.
-Feed shuffled tokens (consecutive ones are correlated), and drop massive activations first (`interp.dictionaries.sinks`).
+Feed shuffled tokens (neighbours are correlated), and drop massive activations first (`interp.dictionaries.sinks`).
 """
 
 from __future__ import annotations
