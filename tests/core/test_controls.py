@@ -33,7 +33,7 @@ def within_level(hits: int, trials: int, level: float, *, calibrated: bool = Tru
 
 
 def test_interval_agrees_with_scipy() -> None:
-    ties = np.repeat([0.1, 0.3], [13, 7])
+    ties = np.repeat([0.0, 1.0], [13, 7])
     skewed = [RNG(1).exponential(size=25), RNG(2).lognormal(0, 1, 60)]
     for seed, draw in enumerate([RNG(0).normal(3, 1, 40), *skewed, ties]):
         ours = bootstrap_interval(draw, n_resamples=20_000, seed=seed)
@@ -42,6 +42,12 @@ def test_interval_agrees_with_scipy() -> None:
         assert ours.estimate == pytest.approx(draw.mean())
         assert abs(ours.low - theirs.low) < 0.03 * width
         assert abs(ours.high - theirs.high) < 0.03 * width
+
+
+def test_interval_follows_shift_and_scale_with_ties_that_rounding_splits() -> None:
+    x = np.repeat([0.0, 1.0], [13, 7])
+    plain, moved = bootstrap_interval(x, seed=3), bootstrap_interval(0.1 + 0.2 * x, seed=3)
+    assert [moved.low, moved.high] == pytest.approx([0.1 + 0.2 * plain.low, 0.1 + 0.2 * plain.high])
 
 
 def test_interval_of_a_callable_equals_the_named_statistic() -> None:
