@@ -12,20 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from interp.core.errors import InterpError
+from interp.core.errors import InterpError, unknown
 from interp.core.seed import torch_generator
 from interp.instrument.capture import capture
 from interp.instrument.tokens import tokenize
 from interp.models.model import LoadedModel
 
-Method = Literal["mean", "pca"]
+METHODS = ("mean", "pca")
 ROWS = 40
 """Texts per forward while reading activations."""
 
@@ -42,7 +41,7 @@ def read_last(model: LoadedModel, texts: Sequence[str], layers: Sequence[int]) -
     return torch.cat(parts, dim=1)
 
 
-def direction(differences: Float[Tensor, "pair d"], method: Method = "mean") -> Float[Tensor, " d"]:
+def direction(differences: Float[Tensor, "pair d"], method: str = "mean") -> Float[Tensor, " d"]:
     """The direction of a set of differences, with the length of their mean."""
     mean = differences.mean(dim=0)
     if not bool(mean.norm() > 0):
@@ -53,7 +52,7 @@ def direction(differences: Float[Tensor, "pair d"], method: Method = "mean") -> 
         both = torch.cat([differences, -differences])
         first = torch.linalg.svd(both, full_matrices=False).Vh[0]
         return first * torch.sign(first @ mean) * mean.norm()
-    raise InterpError(f"method={method!r} is unknown; choose mean or pca")
+    raise unknown("method", method, METHODS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class Reliability:
 
 
 def reliability(
-    positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d"], *, method: Method = "mean", seed: int = 0
+    positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d"], *, method: str = "mean", seed: int = 0
 ) -> Reliability:
     """Reliability of the direction between two sides of the same pairs."""
     differences = positive - negative
@@ -90,7 +89,7 @@ def reliability(
 
 
 def split_half_cosines(
-    differences: Float[Tensor, "pair d"], *, method: Method = "mean", n_splits: int = 20, seed: int = 0
+    differences: Float[Tensor, "pair d"], *, method: str = "mean", n_splits: int = 20, seed: int = 0
 ) -> Float[Tensor, " split"]:
     """Cosine between the directions of the two halves of the pairs, over random splits."""
     n = len(differences)
@@ -121,7 +120,7 @@ def random_signs(n: int, n_pairs: int, *, seed: int) -> Float[Tensor, "n pair"]:
 
 
 def shuffled_directions(
-    differences: Float[Tensor, "pair d"], n: int, *, method: Method = "mean", seed: int
+    differences: Float[Tensor, "pair d"], n: int, *, method: str = "mean", seed: int
 ) -> Float[Tensor, "n d"]:
     """Unit directions from the same pairs with half of their labels exchanged: same activations, no behaviour."""
     signs = random_signs(n, len(differences), seed=seed)

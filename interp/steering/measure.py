@@ -18,7 +18,6 @@ from interp.core.controls import Interval, bootstrap_interval
 from interp.core.progress import track
 from interp.models.model import LoadedModel
 from interp.steering.directions import (
-    Method,
     random_directions,
     random_signs,
     shuffled_directions,
@@ -115,7 +114,7 @@ def measure(
     prompts: list[Batch],
     reading: Readout,
     neutral: Neutral,
-    method: Method,
+    method: str,
     n_random: int,
     seed: int,
 ) -> Measured:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import cast
 
 import pandas as pd
 import torch
@@ -29,7 +28,6 @@ from interp.core.seed import torch_generator
 from interp.core.spec import Spec, Tolerance
 from interp.instrument.tokens import TokenRecord, from_ids
 from interp.models.model import LoadedModel
-from interp.steering.directions import Method
 from interp.steering.evaluate import Batch, Neutral, batches, readout, steerable
 from interp.steering.measure import Measured, measure
 from interp.steering.sweep import Sweep, find_directions, sweep
@@ -100,18 +98,18 @@ def run(model: LoadedModel, data: SteeringData, cfg: SteeringConfig) -> Result:
     """Choose a setting on one half, report it on the other, beside its controls."""
     started = time.perf_counter()
     _check(cfg)
-    method, half = cast(Method, cfg.method), len(data.pairs.prompts) // 2
+    half = len(data.pairs.prompts) // 2
     layers = sorted({min(int(depth * model.n_layers), model.n_layers - 1) for depth in cfg.depths})
     reading = readout(model, data.pairs.words_for, data.pairs.words_against)
     choosing = batches(model, data.pairs.prompts[:half], sinks=cfg.steer_sinks)
     reporting = batches(model, data.pairs.prompts[half:], sinks=cfg.steer_sinks)
     neutral, neutral_report = (_neutral(model, record, cfg) for record in (data.neutral, data.neutral_report))
-    found = find_directions(model, data.pairs, layers, neutral.batch, method=method, seed=cfg.seed)
+    found = find_directions(model, data.pairs, layers, neutral.batch, method=cfg.method, seed=cfg.seed)
     swept = sweep(model, found, cfg.strengths, choosing, reading, neutral)
     layer, strength, within = swept.choose(cfg.kl_budget)
     measured = measure(
         model, found, layer, strength, strengths=cfg.strengths, prompts=reporting, reading=reading,
-        neutral=neutral_report, method=method, n_random=cfg.n_random, seed=cfg.seed,
+        neutral=neutral_report, method=cfg.method, n_random=cfg.n_random, seed=cfg.seed,
     )  # fmt: skip
     extra = _Extra(directions=found.table, within=within, notes=reading.notes, seconds=time.perf_counter() - started)
     return _result(model, data, cfg, swept, measured, extra)

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from interp.core.errors import InterpError
 from interp.core.progress import track
 from interp.models.model import LoadedModel
-from interp.steering.directions import Method, direction, read_last, reliability
+from interp.steering.directions import direction, read_last, reliability
 from interp.steering.evaluate import Batch, Neutral, Readout, propensities, slope
 from interp.steering.vectors import typical_norm
 from interp.tasks.sentiment import ContrastPairs
@@ -47,7 +47,7 @@ class Directions:
 
 
 def find_directions(
-    model: LoadedModel, pairs: ContrastPairs, layers: Sequence[int], neutral: Batch, *, method: Method, seed: int
+    model: LoadedModel, pairs: ContrastPairs, layers: Sequence[int], neutral: Batch, *, method: str, seed: int
 ) -> Directions:
     """Directions at some layers with what is known about their reliability."""
     positive, negative = (read_last(model, side, layers) for side in (pairs.positive, pairs.negative))

@@ -26,7 +26,7 @@ from interp.core.hash import hash_json
 from interp.instrument.edits import Context, Edit
 from interp.instrument.tokens import TokenRecord, residual_norms
 from interp.models.model import LoadedModel
-from interp.steering.directions import Method, direction, read_last
+from interp.steering.directions import direction, read_last
 from interp.steering.evaluate import steerable
 from interp.tasks.sentiment import ContrastPairs
 
@@ -150,7 +150,7 @@ def extract(
     layer: int,
     *,
     neutral: TokenRecord,
-    method: Method = "mean",
+    method: str = "mean",
     strength: float = 0.3,
     sign: str = "positive",
 ) -> SteeringVector:
