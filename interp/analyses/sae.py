@@ -38,6 +38,7 @@ from interp.core.sites import Site
 from interp.core.spec import Spec, Tolerance
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
+from interp.dictionaries.examples import top_examples
 from interp.dictionaries.formats import saelens
 from interp.dictionaries.heldout import held_out, score
 from interp.dictionaries.metrics import METRICS
@@ -132,6 +133,7 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
             "reconstruction": reconstruction_table(table),
             "training": trained.curve,
             "curve": with_baselines(trained.curve, table),
+            "examples": top_examples(trained.sae, test, seed=cfg.seed),
             "density": histogram(found.density),
             "latents": pd.DataFrame({"latent": range(cfg.d_dict), "density": found.density.numpy()}),
         },
@@ -265,16 +267,9 @@ def save_saelens(what: Result | TopKSAE, folder: Path | str) -> Path:
 def example(model: LoadedModel) -> tuple[SAEData, SAEConfig]:
     """A small case for a tiny model: the residual stream after its first block, on random tokens."""
     cfg = SAEConfig(
-        site="resid_post.0",
-        corpus="example",
-        n_sequences=12,
-        n_eval=10,
-        length=24,
-        d_dict=48,
-        k=4,
-        n_steps=30,
+        site="resid_post.0", corpus="example", n_sequences=12, n_eval=10, length=24, d_dict=48, k=4, n_steps=30,
         batch_size=64,
-    )
+    )  # fmt: skip
     generator = torch_generator(0, "sae-example")
     d_vocab = model.dims.d_vocab or 2
     ids = torch.randint(0, d_vocab, (cfg.n_sequences + cfg.n_eval, cfg.length), generator=generator)

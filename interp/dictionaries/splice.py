@@ -64,13 +64,14 @@ def spliced_losses(
     conditions: dict[str, Dictionary | None],
     keep: Bool[Tensor, "batch pos"],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> dict[str, Losses]:
     """Losses per sequence with each dictionary spliced in at the kept tokens; `None` is the untouched model."""
     if keep.shape != record.ids.shape:
         raise InterpError(f"keep has shape {tuple(keep.shape)}, the tokens {tuple(record.ids.shape)}")
     if not bool(keep.any()):
         raise InterpError("no token is left to replace; loosen the rule that drops massive activations")
+    batch_size = batch_size or _rows_per_forward(model, record)
     jobs = [(name, start) for start in range(0, len(record), batch_size) for name in conditions]
     found: dict[str, list[Tensor]] = {name: [] for name in conditions}
     for name, start in track(jobs, "evaluating spliced losses"):
@@ -79,6 +80,12 @@ def spliced_losses(
         run = _runner(model, rows, site, dictionary, chosen)
         found[name].append(sequence_losses(run(), rows))
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _rows_per_forward(model: LoadedModel, record: TokenRecord) -> int:
+    """As many sequences as keep the logits under half a gigabyte, at most 16."""
+    logits = record.ids.shape[1] * (model.dims.d_vocab or 1)
+    return max(1, min(16, 2**27 // logits))
 
 
 def _runner(

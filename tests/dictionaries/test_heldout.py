@@ -7,7 +7,8 @@ import torch
 
 from interp.core.errors import InterpError
 from interp.dictionaries.baselines import PCADictionary, ZeroDictionary
-from interp.dictionaries.heldout import held_out, score, sequence_fvu
+from interp.dictionaries.examples import top_examples
+from interp.dictionaries.heldout import HeldOut, held_out, score, sequence_fvu
 from interp.dictionaries.sae import TopKSAE
 from interp.dictionaries.splice import loss_recovered, n_predicted, sequence_losses, spliced_losses
 from interp.instrument.edits import edited, set_to
@@ -106,6 +107,31 @@ def test_massive_tokens_are_left_out_by_the_training_median(model, record):
     assert torch.equal(some.keep, record.mask & (norms <= cut) & (torch.arange(record.ids.shape[1]) > 0))
     with pytest.raises(InterpError, match="keeps no token"):
         held_out(model, record, site, drop_norm=1.0, median=1e-6)
+
+
+def test_examples_are_the_most_active_tokens_in_their_context(model, record):
+    site = model.table.one("resid_post.1")
+    data = held_out(model, record, site, drop_norm=0.0, median=1.0)
+    x = data.x.clone()
+    x[2, 3], x[0, 5], x[1, 0] = 900.0, 800.0, 700.0  # latent 1 reads coordinate 0 alone
+    planted = HeldOut(record=record, site=site, x=x, keep=data.keep)
+    sae = TopKSAE(32, 2, 1)
+    with torch.no_grad():
+        sae.W_enc[0, 1] = 1.0
+        sae.b_enc[1] = -500.0
+    table = top_examples(sae, planted, n_latents=9, n_examples=2, window=2)
+    assert table["latent"].tolist() == [1, 1] and table["rank"].tolist() == [1, 2]
+    assert table["activation"].tolist() == pytest.approx([400.0, 300.0])
+    assert table[["sequence", "pos"]].to_numpy().tolist() == [[2, 3], [0, 5]]
+    text = record.strings[2]
+    first = table.iloc[0]
+    assert (first["before"], first["token"], first["after"]) == ("".join(text[1:3]), text[3], "".join(text[4:6]))
+    assert first["density"] == pytest.approx(3 / record.n_tokens)
+    silent = TopKSAE(32, 2, 1)
+    assert list(top_examples(silent, planted).columns) == list(table.columns)
+    assert len(top_examples(silent, planted)) == 0
+    with pytest.raises(InterpError, match="n_latents=0"):
+        top_examples(sae, planted, n_latents=0)
 
 
 def test_loss_recovered():
