@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import struct
 import threading
 import time
 import uuid
@@ -35,7 +36,9 @@ FACTS = "interp.json"
 """File in the converted folder with the hash of the float32 weights and where they came from."""
 
 _STALE_SECONDS = 3600.0
-_DAMAGE = (ValueError, IndexError, KeyError, TypeError, RuntimeError, NotImplementedError, AttributeError)
+_DAMAGE = (
+    ValueError, IndexError, KeyError, TypeError, RuntimeError, AttributeError, OSError, OverflowError, struct.error,
+)  # fmt: skip
 """What transformers and gguf raise on files that are cut short or hold what they do not know."""
 _patching = threading.Lock()
 
@@ -163,7 +166,9 @@ def _read(source: Path) -> tuple[nn.Module, Any]:
             module, report = transformers.AutoModelForCausalLM.from_pretrained(  # pyright: ignore
                 str(source.parent), dtype=torch.float32, output_loading_info=True, **place, **more
             )
-    except _DAMAGE as error:
+    except BaseException as error:
+        if not isinstance(error, _DAMAGE) and type(error).__name__ != "PanicException":  # tokenizers panics, in Rust
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtefactError(f"{source} is damaged, or of a kind that transformers cannot read: {reason}") from error
     if absent := sorted(report["missing_keys"]):
