@@ -3,7 +3,8 @@
 propensity   m(x) = log P(words for | x) - log P(words against | x), next token, probabilities summed over the words
 effect       m(x, steered) - m(x)
 cost         mean over neutral tokens of KL(P_base || P_steered), in nats; and the ratio of the perplexities
-Several vectors are evaluated as rows of one batch. Prompts of equal length run together, so nothing is padded.
+Several vectors are evaluated as rows of one batch, and only the blocks after the site are run again, from the stream
+of one base run (any other network is run whole, with an edit). Prompts of equal length run together: no padding.
 The first token and attention-sink candidates are not steered: what they hold is not content, and moving it mostly
 breaks the model.
 """
@@ -19,6 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.core.errors import InterpError
+from interp.core.sites import Part, Site
+from interp.instrument.blocks import BlockRunner
 from interp.instrument.edits import add, edited
 from interp.instrument.tokens import TokenRecord, sink_candidates, tokenize
 from interp.models.model import LoadedModel
@@ -67,10 +70,25 @@ def _first_token(model: LoadedModel, word: str) -> tuple[int, bool]:
 class Batch:
     """Sequences of one length, and where in them a vector is added."""
 
+    model: LoadedModel
     record: TokenRecord
     where: Bool[Tensor, "batch pos"]
     rows: tuple[int, ...]
     """Their numbers in the list they came from."""
+
+    @cached_property
+    def runner(self) -> BlockRunner | None:
+        """A base run to go on from; `None` where single blocks cannot be run."""
+        family = self.model.table.family
+        ready = family is not None and {Part.FINAL_NORM, Part.LOGITS, Part.RESID_POST} <= set(family.parts)
+        if not ready or not self.model.is_transformers:
+            return None
+        return BlockRunner(self.model, self.record.ids, sites=("resid_post.*",))
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "batch pos vocab"]:
+        """Logits of the untouched model."""
+        return self.model(self.record.ids) if self.runner is None else self.runner.logits
 
 
 def steerable(model: LoadedModel, record: TokenRecord, *, sinks: bool = False) -> Bool[Tensor, "batch pos"]:
@@ -91,41 +109,51 @@ def batches(model: LoadedModel, texts: Sequence[str], *, sinks: bool = False) ->
     found: list[Batch] = []
     for rows in groups.values():
         record = tokenize(model, [texts[row] for row in rows])
-        found.append(Batch(record, steerable(model, record, sinks=sinks), tuple(rows)))
+        found.append(Batch(model, record, steerable(model, record, sinks=sinks), tuple(rows)))
     return found
 
 
 def steered_logits(
-    model: LoadedModel,
-    batch: Batch,
-    site: str,
-    vectors: Float[Tensor, "vector d"],
-    *,
-    last_only: bool,
+    batch: Batch, site: str, vectors: Float[Tensor, "vector d"], *, last_only: bool
 ) -> Float[Tensor, "vector batch pos vocab"]:
-    """Logits with each vector added at the batch's steerable positions; a zero vector changes nothing."""
-    n_rows, n_pos = batch.record.ids.shape
-    per_pass = max(1, TOKENS_PER_PASS // (n_rows * n_pos))
-    keep = {"logits_to_keep": 1} if last_only and model.is_transformers else {}
-    parts: list[Tensor] = []
-    for start in range(0, len(vectors), per_pass):
-        chosen = vectors[start : start + per_pass]
-        rows = chosen.repeat_interleave(n_rows, dim=0)[:, None, :]
-        ids, where = batch.record.ids.repeat(len(chosen), 1), batch.where.repeat(len(chosen), 1)
-        with edited(model, add(site, rows, at=where)):
-            logits: Tensor = model(ids, **keep)
-        logits = logits[:, -1:] if last_only else logits
-        parts.append(logits.unflatten(0, (len(chosen), n_rows)))
-    return torch.cat(parts)
+    """Logits with each vector added at the batch's steerable positions."""
+    resolved = batch.model.table.one(site)
+    per_pass = max(1, TOKENS_PER_PASS // batch.record.ids.numel())
+    partial = resolved.part is Part.RESID_POST and batch.runner is not None
+    run = _from_site if partial else _whole
+    return torch.cat([run(batch, resolved, chunk, last_only) for chunk in vectors.split(per_pass)])
+
+
+def _from_site(batch: Batch, site: Site, vectors: Tensor, last_only: bool) -> Tensor:
+    """Run the blocks after the site, from the base run's stream."""
+    runner = batch.runner
+    assert runner is not None and site.layer is not None
+    base = runner.base[site]
+    change = vectors.to(base)[:, None, None] * batch.where.to(base)[..., None]
+    resid = (base + change).flatten(0, 1)
+    rows = torch.arange(len(base), device=base.device).repeat(len(vectors))
+    for layer in range(site.layer + 1, batch.model.n_layers):
+        resid = runner.block(layer, resid, rows)
+    return runner.head(resid[:, -1:] if last_only else resid).unflatten(0, (len(vectors), len(base)))
+
+
+def _whole(batch: Batch, site: Site, vectors: Tensor, last_only: bool) -> Tensor:
+    """Run the whole model with an edit."""
+    n_rows = len(batch.record)
+    rows = vectors.repeat_interleave(n_rows, dim=0)[:, None, :]
+    ids, where = batch.record.ids.repeat(len(vectors), 1), batch.where.repeat(len(vectors), 1)
+    with edited(batch.model, add(site, rows, at=where)):
+        logits: Tensor = batch.model(ids)
+    return (logits[:, -1:] if last_only else logits).unflatten(0, (len(vectors), n_rows))
 
 
 def propensities(
-    model: LoadedModel, prompts: Sequence[Batch], reading: Readout, site: str, vectors: Float[Tensor, "vector d"]
+    prompts: Sequence[Batch], reading: Readout, site: str, vectors: Float[Tensor, "vector d"]
 ) -> Float[Tensor, "vector prompt"]:
     """m of every prompt under every vector, prompts in their original order."""
     out = torch.empty(len(vectors), sum(len(batch.rows) for batch in prompts), dtype=torch.float64)
     for batch in prompts:
-        logits = steered_logits(model, batch, site, vectors, last_only=True)
+        logits = steered_logits(batch, site, vectors, last_only=True)
         out[:, list(batch.rows)] = reading.propensity(logits[:, :, 0]).cpu()
     return out
 
@@ -134,20 +162,20 @@ def propensities(
 class Neutral:
     """Neutral text with the model's own predictions on it."""
 
-    model: LoadedModel
     batch: Batch
 
     @cached_property
     def base(self) -> Float[Tensor, "batch pos vocab"]:
         """Log-probabilities of the untouched model."""
-        return self.model(self.batch.record.ids).log_softmax(-1)
+        return self.batch.logits.float().log_softmax(-1)
 
     def cost(self, site: str, vectors: Float[Tensor, "vector d"]) -> Float[Tensor, "vector 2"]:
         """(KL in nats per steered token, perplexity ratio) of each vector."""
         found: list[Tensor] = []
         for vector in vectors:
-            steered = steered_logits(self.model, self.batch, site, vector[None], last_only=False)[0].log_softmax(-1)
-            kl = (self.base.exp() * (self.base - steered)).sum(-1)[self.batch.where].mean()
+            steered = steered_logits(self.batch, site, vector[None], last_only=False)[0].float().log_softmax(-1)
+            each = torch.nn.functional.kl_div(steered, self.base, log_target=True, reduction="none").sum(-1)
+            kl = each[self.batch.where.to(each.device)].mean()
             ratio = (self._loss(steered) - self._loss(self.base)).exp()
             found.append(torch.stack([kl, ratio]).double().cpu())
         return torch.stack(found)

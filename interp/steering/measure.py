@@ -16,7 +16,6 @@ from torch import Tensor
 
 from interp.core.controls import Interval, bootstrap_interval
 from interp.core.progress import track
-from interp.models.model import LoadedModel
 from interp.steering.directions import (
     random_directions,
     random_signs,
@@ -105,7 +104,6 @@ class Measured:
 
 
 def measure(
-    model: LoadedModel,
     found: Directions,
     layer: int,
     strength: float,
@@ -122,13 +120,13 @@ def measure(
     site, (unit, norm) = f"resid_post.{layer}", found.at(layer)
     differences = found.differences[found.layers.index(layer)]
     amounts = torch.tensor([0.0, *strengths])[:, None] * norm
-    doses = propensities(model, prompts, reading, site, amounts * unit)
+    doses = propensities(prompts, reading, site, amounts * unit)
     n_shuffled = max(2, n_random // 2)
     random = random_directions(n_random, len(unit), seed=seed)
     shuffled = shuffled_directions(differences, n_shuffled, method=method, seed=seed)
     vectors = torch.cat([random, shuffled]) * norm * strength
     chunks = track(vectors.split(PER_PASS), "steering: controls")
-    changes = torch.cat([propensities(model, prompts, reading, site, chunk) for chunk in chunks]) - doses[0]
+    changes = torch.cat([propensities(prompts, reading, site, chunk) for chunk in chunks]) - doses[0]
     signs = random_signs(n_shuffled, len(differences), seed=seed)
     flipped = [split_half_cosines(row[:, None] * differences, method=method, seed=seed).mean() for row in signs]
     return Measured(

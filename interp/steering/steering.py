@@ -105,10 +105,10 @@ def run(model: LoadedModel, data: SteeringData, cfg: SteeringConfig) -> Result:
     reporting = batches(model, data.pairs.prompts[half:], sinks=cfg.steer_sinks)
     neutral, neutral_report = (_neutral(model, record, cfg) for record in (data.neutral, data.neutral_report))
     found = find_directions(model, data.pairs, layers, neutral.batch, method=cfg.method, seed=cfg.seed)
-    swept = sweep(model, found, cfg.strengths, choosing, reading, neutral)
+    swept = sweep(found, cfg.strengths, choosing, reading, neutral)
     layer, strength, within = swept.choose(cfg.kl_budget)
     measured = measure(
-        model, found, layer, strength, strengths=cfg.strengths, prompts=reporting, reading=reading,
+        found, layer, strength, strengths=cfg.strengths, prompts=reporting, reading=reading,
         neutral=neutral_report, method=cfg.method, n_random=cfg.n_random, seed=cfg.seed,
     )  # fmt: skip
     extra = _Extra(directions=found.table, within=within, notes=reading.notes, seconds=time.perf_counter() - started)
@@ -126,7 +126,7 @@ def _check(cfg: SteeringConfig) -> None:
 
 def _neutral(model: LoadedModel, record: TokenRecord, cfg: SteeringConfig) -> Neutral:
     where = steerable(model, record, sinks=cfg.steer_sinks)
-    return Neutral(model, Batch(record, where, tuple(range(len(record)))))
+    return Neutral(Batch(model, record, where, tuple(range(len(record)))))
 
 
 def _result(

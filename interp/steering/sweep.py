@@ -117,7 +117,6 @@ class Sweep:
 
 
 def sweep(
-    model: LoadedModel,
     found: Directions,
     strengths: Sequence[float],
     prompts: Sequence[Batch],
@@ -133,8 +132,8 @@ def sweep(
         unit, norm = found.at(layer)
         site, vectors = f"resid_post.{layer}", doses * norm * unit
         if base is None:
-            base = propensities(model, prompts, reading, site, torch.zeros_like(unit)[None])[0]
-        values.append(propensities(model, prompts, reading, site, vectors))
+            base = propensities(prompts, reading, site, torch.zeros_like(unit)[None])[0]
+        values.append(propensities(prompts, reading, site, vectors))
         costs.append(neutral.cost(site, vectors))
     assert base is not None
     return Sweep(

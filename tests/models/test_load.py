@@ -250,16 +250,17 @@ def test_a_bridge_agrees_with_the_model_it_wraps(family: str, tmp_path: Path) ->
         bridge = TransformerBridge.boot_transformers(str(tmp_path), device="cpu")
     model = load(bridge)
     assert isinstance(model, LoadedModel) and model.tokenizer is not None
-    sites = ["resid_post.0", "resid_post.2", "attn_out.1", "mlp_out.1", "neurons.1", "z.1", "q.1", "resid_mid.1"]
-    with capture(model, sites, stop=False) as acts:
+    names = ["resid_post.0", "resid_post.2", "attn_out.1", "mlp_out.1", "neurons.1", "z.1", "q.1", "resid_mid.1"]
+    pairs = {name: name for name in names} if family == "llama" else {"blocks.1.hook_out": "resid_post.1"}
+    with capture(model, list(pairs), stop=False) as acts:
         logits = model(IDS)
     assert torch.equal(logits, bridge(IDS).detach())
-    with capture(plain, sites, stop=False) as expected:
+    with capture(plain, list(pairs.values()), stop=False) as expected:
         torch.testing.assert_close(plain(IDS), logits, rtol=1e-4, atol=1e-4)
-    for site in sites:
-        torch.testing.assert_close(acts[site], expected[site], rtol=1e-3, atol=1e-3)
+    for theirs, ours in pairs.items():
+        torch.testing.assert_close(acts[theirs], expected[ours], rtol=1e-3, atol=1e-3)
     moved: list[torch.Tensor] = []
-    for either in (plain, model):
-        with edited(either, add("resid_post.1", 1.0, at=[2])):
+    for either, site in ((plain, "resid_post.1"), (model, "blocks.1.hook_out")):
+        with edited(either, add(site, 1.0, at=[2])):
             moved.append(either(IDS))
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-3)

@@ -42,13 +42,13 @@ def vectors(model: LoadedModel, n: int = 3) -> Tensor:
 
 def everywhere(model: LoadedModel, texts: tuple[str, ...] = TEXTS[:1]) -> Batch:
     record = tokenize(model, list(texts))
-    return Batch(record, record.mask, tuple(range(len(texts))))
+    return Batch(model, record, record.mask, tuple(range(len(texts))))
 
 
 def test_adding_at_every_position_is_a_bias_on_the_block() -> None:
     model = tiny_model("gpt2")
     batch, vector = everywhere(model), vectors(model, 1)
-    steered = steered_logits(model, batch, SITE, vector, last_only=False)[0]
+    steered = steered_logits(batch, SITE, vector, last_only=False)[0]
     bias: nn.Parameter = model.layers[1].mlp.c_proj.bias  # pyright: ignore
     with torch.no_grad():
         bias.add_(vector[0])
@@ -61,8 +61,22 @@ def test_there_and_back_restores_the_logits(model: LoadedModel) -> None:
     with edited(model, [add(SITE, vector), add(SITE, -vector)]):
         again = model(batch.record)
     torch.testing.assert_close(base, again, rtol=1e-4, atol=1e-4)
-    zero = steered_logits(model, batch, SITE, torch.zeros_like(vector)[None], last_only=False)[0]
-    assert torch.equal(zero, base)
+    zero = steered_logits(batch, SITE, torch.zeros_like(vector)[None], last_only=False)[0]
+    torch.testing.assert_close(zero, base, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("last_only", [True, False])
+def test_running_on_from_the_site_is_the_whole_forward_with_an_edit(family: str, layer: int, last_only: bool) -> None:
+    model = tiny_model(family)
+    (batch,) = batches(model, ["the film was", "the meal was"])
+    assert batch.runner is not None
+    found = steered_logits(batch, f"resid_post.{layer}", vectors(model), last_only=last_only)
+    for vector, logits in zip(vectors(model), found, strict=True):
+        with edited(model, add(f"resid_post.{layer}", vector, at=batch.where)):
+            expected = model(batch.record)
+        torch.testing.assert_close(logits, expected[:, -1:] if last_only else expected, rtol=1e-4, atol=1e-4)
 
 
 class Linear(nn.Module):
@@ -83,18 +97,18 @@ def test_in_a_linear_model_the_effect_is_the_projection_on_the_readout() -> None
     reading = Readout(ids_for=(7,), ids_against=(9,))
     change = torch.randn(3, 8, generator=torch_generator(1, "linear"))
     prompts = [everywhere(model, ("abc", "xyz"))]
-    base = propensities(model, prompts, reading, "block", torch.zeros(1, 8))
-    moved = propensities(model, prompts, reading, "block", change) - base
+    base = propensities(prompts, reading, "block", torch.zeros(1, 8))
+    moved = propensities(prompts, reading, "block", change) - base
     expected = change @ (module.out.weight[7] - module.out.weight[9]).detach()
     torch.testing.assert_close(moved, expected[:, None].double().expand(-1, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_vectors_and_prompts_in_one_batch_give_what_each_gives_alone(model: LoadedModel, reading: Readout) -> None:
     chosen = vectors(model)
-    together = propensities(model, batches(model, TEXTS), reading, SITE, chosen)
+    together = propensities(batches(model, TEXTS), reading, SITE, chosen)
     for column, text in enumerate(TEXTS):
         for row, vector in enumerate(chosen):
-            alone = propensities(model, batches(model, [text]), reading, SITE, vector[None])
+            alone = propensities(batches(model, [text]), reading, SITE, vector[None])
             torch.testing.assert_close(together[row, column], alone[0, 0], rtol=1e-4, atol=1e-4)
 
 
@@ -109,11 +123,11 @@ def test_cost_is_zero_for_nothing_and_is_the_divergence_otherwise(model: LoadedM
     record = from_ids(model, torch.randint(256, (2, 9), generator=torch_generator(0, "neutral")))
     where = record.mask.clone()
     where[:, 0] = False
-    neutral = Neutral(model, Batch(record, where, (0, 1)))
+    neutral = Neutral(Batch(model, record, where, (0, 1)))
     vector = vectors(model, 1)
     cost = neutral.cost(SITE, torch.cat([torch.zeros_like(vector), vector]))
-    assert cost[0].tolist() == [0.0, 1.0]
-    steered = steered_logits(model, neutral.batch, SITE, vector, last_only=False)[0]
+    torch.testing.assert_close(cost[0], torch.tensor([0.0, 1.0]).double(), rtol=0, atol=1e-5)
+    steered = steered_logits(neutral.batch, SITE, vector, last_only=False)[0]
     kl = nn.functional.kl_div(
         steered.log_softmax(-1), model(record.ids).log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
