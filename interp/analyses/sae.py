@@ -185,7 +185,7 @@ def _train(
         "SAE": trained.sae,
         "PCA": fit_pca(sample, n_components),
         "random": random_dictionary(sample, cfg.d_dict, cfg.k, seed=cfg.seed + 1),
-        "zero": ZeroDictionary(torch.zeros(sample.shape[1])),
+        "zero ablation": ZeroDictionary(torch.zeros(sample.shape[1])),
     }
     return trained, dictionaries, median, len(store) - n_kept
 
@@ -200,13 +200,13 @@ def _headline(table: pd.DataFrame, dead_fraction: float) -> dict[str, Any]:
         "fvu_high": float(by_name["SAE"]["fvu_high"]),
         "l0": float(by_name["SAE"]["l0"]),
         "dead_fraction": dead_fraction,
-        "loss_recovered": loss_recovered(ce["zero"], ce["SAE"], ce["none"]),
-        "loss_recovered_pca": loss_recovered(ce["zero"], ce["PCA"], ce["none"]),
+        "loss_recovered": loss_recovered(ce["zero ablation"], ce["SAE"], ce["untouched"]),
+        "loss_recovered_pca": loss_recovered(ce["zero ablation"], ce["PCA"], ce["untouched"]),
         "fvu_pca": fvu["PCA"],
         "fvu_random": fvu["random"],
-        "ce_base": ce["none"],
+        "ce_base": ce["untouched"],
         "ce_sae": ce["SAE"],
-        "ce_zero": ce["zero"],
+        "ce_zero": ce["zero ablation"],
     }
 
 

@@ -21,9 +21,9 @@ LEVEL = 0.05
 
 def evaluation_table(scores: dict[str, Scores], base: Float[Tensor, "sequence"], seed: int) -> pd.DataFrame:
     """One row per dictionary and one for the untouched model, with 95 % intervals over sequences."""
-    ce_base, ce_zero = float(base.mean()), float(scores["zero"].ce.mean())
+    ce_base, ce_zero = float(base.mean()), float(scores["zero ablation"].ce.mean())
     untouched = dict.fromkeys(("fvu", "fvu_low", "fvu_high", "ce_increase", "ce_increase_low", "ce_increase_high"), 0.0)
-    rows: list[dict[str, Any]] = [{"dictionary": "none", **untouched, "ce": ce_base, "loss_recovered": 1.0}]
+    rows: list[dict[str, Any]] = [{"dictionary": "untouched", **untouched, "ce": ce_base, "loss_recovered": 1.0}]
     for name, found in scores.items():
         fvu = bootstrap_interval(found.fvu, seed=seed)
         increase = bootstrap_interval(found.ce - base, seed=seed)
@@ -62,7 +62,7 @@ def control_rows(scores: dict[str, Scores], k: int) -> tuple[Control, ...]:
         (random, "FVU on held-out text", sae.fvu, scores["random"].fvu),
         (pca, "loss with it spliced in, nats", sae.ce, scores["PCA"].ce),
         (random, "loss with it spliced in, nats", sae.ce, scores["random"].ce),
-        ("zero ablation", "loss with it spliced in, nats", sae.ce, scores["zero"].ce),
+        ("zero ablation", "loss with it spliced in, nats", sae.ce, scores["zero ablation"].ce),
     ]
     p = [permutation_test(theirs, ours, paired=True, alternative="greater").p for _, _, ours, theirs in pairs]
     return tuple(
@@ -123,8 +123,8 @@ PANELS = (
         high="ce_increase_high",
         x_label="dictionary in place of the activation",
         y_label="rise of the loss, nats per token",
-        reading="Rise of the next-token loss when the reconstruction replaces the activation; `none` is the untouched "
-        "model. Zero ablation sets the scale of loss_recovered.",
+        reading="Rise of the next-token loss when the reconstruction replaces the activation. "
+        "Zero ablation sets the scale of loss_recovered.",
     ),
     Panel(
         title="Training",
@@ -133,7 +133,6 @@ PANELS = (
         x="tokens",
         y="fvu",
         group="series",
-        log_y=True,
         x_label="tokens seen",
         y_label="FVU",
         reading="A held-out level far above the end of the training curve means that the dictionary has learned its "
@@ -141,7 +140,7 @@ PANELS = (
     ),
     Panel(
         title="How often latents fire",
-        kind="bar",
+        kind="line",
         table="density",
         x="log10_density",
         y="n_latents",
