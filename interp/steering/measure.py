@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.core.controls import Interval, bootstrap_interval
+from interp.core.controls import Interval, bootstrap_interval, rank_test
 from interp.core.progress import track
+from interp.core.result import Control
 from interp.steering.directions import (
     random_directions,
     random_signs,
@@ -144,3 +145,60 @@ def measure(
         split=split_half_cosines(differences, method=method, seed=seed),
         split_shuffled=torch.stack(flipped),
     )
+
+
+def p95(values: Float[Tensor, " n"]) -> float:
+    """The 95th percentile."""
+    return float(values.quantile(0.95))
+
+
+def controls(found: Measured, kl_budget: float) -> tuple[Control, ...]:
+    """What could have refuted the claim that the direction moves the behaviour."""
+    effect, opposite = float(found.effects.mean()), [s for s in found.strengths if s < 0]
+    random, shuffled = found.random.mean(1), found.shuffled.mean(1)
+    split, exchanged = float(found.split.mean()), p95(found.split_shuffled)
+    kl = float(found.cost[0])
+    listed = [
+        Control(
+            name=f"{len(random)} random directions of equal norm",
+            statistic="mean change of the propensity in nats; control: 95th percentile",
+            observed=effect,
+            control=p95(random),
+            passed=effect > p95(random),
+            p_value=rank_test(effect, random),
+        ),
+        Control(
+            name=f"{len(shuffled)} directions from the same pairs, half of the labels exchanged",
+            statistic="mean change of the propensity in nats; control: 95th percentile",
+            observed=effect,
+            control=p95(shuffled),
+            passed=effect > p95(shuffled),
+            p_value=rank_test(effect, shuffled),
+        ),
+        Control(
+            name="the same direction from either half of the pairs",
+            statistic="cosine between halves; control: 95th percentile with exchanged labels",
+            observed=split,
+            control=exchanged,
+            passed=split > exchanged,
+        ),
+        Control(
+            name="neutral text that took no part in the choice",
+            statistic="KL in nats per token; control: the budget",
+            observed=kl,
+            control=kl_budget,
+            passed=kl <= kl_budget,
+        ),
+    ]
+    if opposite:
+        back = float((found.doses[found.strengths.index(min(opposite))] - found.base).mean())
+        listed.append(
+            Control(
+                name=f"the opposite sign, strength {min(opposite):g}",
+                statistic="mean change of the propensity in nats; control: 0, to be undershot",
+                observed=back,
+                control=0.0,
+                passed=back < 0,
+            )
+        )
+    return tuple(listed)

@@ -16,20 +16,17 @@ from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from interp.core.controls import rank_test
 from interp.core.errors import InterpError
 from interp.core.hash import hash_json
 from interp.core.manifest import Manifest
-from interp.core.result import Control, LabelledTensor, Panel, Result
+from interp.core.result import LabelledTensor, Panel, Result
 from interp.core.seed import torch_generator
 from interp.core.spec import Spec, Tolerance
 from interp.instrument.tokens import TokenRecord, from_ids
 from interp.models.model import LoadedModel
 from interp.steering.evaluate import Batch, Neutral, batches, readout, steerable
-from interp.steering.measure import Measured, measure
+from interp.steering.measure import Measured, controls, measure, p95
 from interp.steering.sweep import Sweep, find_directions, sweep
 from interp.tasks.corpora import load_corpus
 from interp.tasks.sentiment import ContrastPairs, sentiment_pairs
@@ -141,7 +138,7 @@ def _result(
             "effect": interval.estimate,
             "effect_low": interval.low,
             "effect_high": interval.high,
-            "control_p95": _p95(found.random.mean(1)),
+            "control_p95": p95(found.random.mean(1)),
             "kl_neutral": float(found.cost[0]),
             "perplexity_ratio": float(found.cost[1]),
             "slope": float(found.slopes.mean()),
@@ -157,66 +154,11 @@ def _result(
             "controls": found.control_table(),
         },
         panels=_panels(found, cfg),
-        controls=_controls(found, cfg),
+        controls=controls(found, cfg.kl_budget),
         manifest=_manifest(model, data, cfg, swept, extra.seconds),
         tensors={"vector": LabelledTensor(values=found.unit, axes=("d_model",), unit="unit length")},
         notes=_notes(found, cfg, extra),
     )
-
-
-def _p95(values: Float[Tensor, " n"]) -> float:
-    return float(values.quantile(0.95))
-
-
-def _controls(found: Measured, cfg: SteeringConfig) -> tuple[Control, ...]:
-    effect, opposite = float(found.effects.mean()), [s for s in cfg.strengths if s < 0]
-    random, shuffled = found.random.mean(1), found.shuffled.mean(1)
-    split, exchanged = float(found.split.mean()), _p95(found.split_shuffled)
-    kl = float(found.cost[0])
-    listed = [
-        Control(
-            name=f"{len(random)} random directions of equal norm",
-            statistic="mean change of the propensity in nats; control: 95th percentile",
-            observed=effect,
-            control=_p95(random),
-            passed=effect > _p95(random),
-            p_value=rank_test(effect, random),
-        ),
-        Control(
-            name=f"{len(shuffled)} directions from the same pairs, half of the labels exchanged",
-            statistic="mean change of the propensity in nats; control: 95th percentile",
-            observed=effect,
-            control=_p95(shuffled),
-            passed=effect > _p95(shuffled),
-            p_value=rank_test(effect, shuffled),
-        ),
-        Control(
-            name="the same direction from either half of the pairs",
-            statistic="cosine between halves; control: 95th percentile with exchanged labels",
-            observed=split,
-            control=exchanged,
-            passed=split > exchanged,
-        ),
-        Control(
-            name="neutral text that took no part in the choice",
-            statistic="KL in nats per token; control: the budget",
-            observed=kl,
-            control=cfg.kl_budget,
-            passed=kl <= cfg.kl_budget,
-        ),
-    ]
-    if opposite:
-        back = float((found.doses[cfg.strengths.index(min(opposite))] - found.base).mean())
-        listed.append(
-            Control(
-                name=f"the opposite sign, strength {min(opposite):g}",
-                statistic="mean change of the propensity in nats; control: 0, to be undershot",
-                observed=back,
-                control=0.0,
-                passed=back < 0,
-            )
-        )
-    return tuple(listed)
 
 
 def _panels(found: Measured, cfg: SteeringConfig) -> tuple[Panel, ...]:
