@@ -34,7 +34,6 @@ from interp.core.errors import InterpError
 from interp.core.manifest import Manifest
 from interp.core.result import LabelledTensor, Result
 from interp.core.seed import torch_generator
-from interp.core.sites import Site
 from interp.core.spec import Spec, Tolerance
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
@@ -120,7 +119,7 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         folder = data.store or Path(scratch)
         store = ActivationStore.write(model, data.train, site, folder, StoreConfig(dtype=cfg.store_dtype))
-        trained, dictionaries, median, n_dropped = _train(store, site, train_cfg, cfg)
+        trained, dictionaries, median, n_dropped = _train(model, data.train, store, train_cfg, cfg)
     test = held_out(model, data.test, site, drop_norm=cfg.drop_norm, median=median)
     scores, base = score(model, test, dictionaries)
     table = evaluation_table(scores, base, cfg.seed)
@@ -163,9 +162,10 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
 
 
 def _train(
-    store: ActivationStore, site: Site, train_cfg: TrainConfig, cfg: SAEConfig
+    model: LoadedModel, record: TokenRecord, store: ActivationStore, train_cfg: TrainConfig, cfg: SAEConfig
 ) -> tuple[Trained, dict[str, Dictionary], float, int]:
     """The trained dictionary and its baselines, the median norm, and the number of tokens left out."""
+    site = model.table.one(cfg.site)
     if len(store.sites[str(site)]) != 1:
         raise InterpError(
             f"{site} has shape {store.sites[str(site)]} per token; a dictionary takes one axis, e.g. resid_post"
@@ -174,18 +174,20 @@ def _train(
     median = float(norms.median())
     keep = ordinary(norms[:, None], cfg.drop_norm)
     if cfg.drop_norm:
-        keep &= store.tokens()[2] > 0
+        _, row, pos = store.tokens()
+        keep &= pos != record.first[row]
     n_kept = int(keep.sum())
     if n_kept < cfg.k + 1:
         raise InterpError(f"{n_kept} training tokens are left; raise n_sequences or drop_norm")
-    sample = next(store.batches(site, min(n_kept, SAMPLE), seed=cfg.seed, keep=keep)).float()
-    trained = train_sae(store.batches(site, cfg.batch_size, seed=cfg.seed, keep=keep), sample, train_cfg)
+    sample = next(store.batches(site, min(n_kept, SAMPLE), seed=cfg.seed, keep=keep)).float().to(model.device)
+    stream = store.batches(site, cfg.batch_size, seed=cfg.seed, keep=keep)
+    trained = train_sae((x.to(model.device) for x in stream), sample, train_cfg)
     n_components = min(cfg.k, sample.shape[1])
     dictionaries: dict[str, Dictionary] = {
         "SAE": trained.sae,
         "PCA": fit_pca(sample, n_components),
         "random": random_dictionary(sample, cfg.d_dict, cfg.k, seed=cfg.seed + 1),
-        "zero ablation": ZeroDictionary(torch.zeros(sample.shape[1])),
+        "zero ablation": ZeroDictionary(torch.zeros_like(sample[0])),
     }
     return trained, dictionaries, median, len(store) - n_kept
 
@@ -271,8 +273,7 @@ def example(model: LoadedModel) -> tuple[SAEData, SAEConfig]:
         batch_size=64,
     )  # fmt: skip
     generator = torch_generator(0, "sae-example")
-    d_vocab = model.dims.d_vocab or 2
-    ids = torch.randint(0, d_vocab, (cfg.n_sequences + cfg.n_eval, cfg.length), generator=generator)
+    ids = torch.randint(0, model.dims.d_vocab or 2, (cfg.n_sequences + cfg.n_eval, cfg.length), generator=generator)
     train, test = from_ids(model, ids[: cfg.n_sequences]), from_ids(model, ids[cfg.n_sequences :])
     return SAEData(train=train, test=test, store=None), cfg
 

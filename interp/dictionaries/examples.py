@@ -28,8 +28,11 @@ def top_examples(
         raise InterpError(
             f"n_latents={n_latents} and n_examples={n_examples} must be at least 1, window={window} at least 0"
         )
-    parts = [dictionary.encode(block) for block in rows(data.x[data.keep], BLOCK)]
-    values, indices = torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    parts = [dictionary.encode(block) for block in rows(data.tokens, BLOCK)]
+    values, indices = (
+        torch.cat([part.values for part in parts]).cpu(),
+        torch.cat([part.indices for part in parts]).cpu(),
+    )
     counts = torch.bincount(indices[values != 0].long(), minlength=dictionary.d_dict)
     live = (counts >= MIN_FIRINGS).nonzero()[:, 0]
     order = torch.randperm(len(live), generator=torch_generator(seed, "examples"))

@@ -34,8 +34,14 @@ class HeldOut:
     record: TokenRecord
     site: Site
     x: Float[Tensor, "batch pos d"]
+    """On the device of the model."""
     keep: Bool[Tensor, "batch pos"]
     """Tokens that count: real, and not a massive activation."""
+
+    @property
+    def tokens(self) -> Float[Tensor, "n d"]:
+        """Activations of the tokens that count."""
+        return self.x[self.keep.to(self.x.device)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,9 +64,9 @@ def held_out(
     for start in range(0, len(record), batch_size):
         with capture(model, site) as acts:
             model(record.rows(slice(start, start + batch_size)))
-        parts.append(acts[site].float().cpu())
+        parts.append(acts[site].float())
     x = torch.cat(parts)
-    keep = record.mask & ordinary(x, drop_norm, median=median)
+    keep = record.mask & ordinary(x, drop_norm, median=median).cpu()
     if drop_norm:
         keep &= torch.arange(x.shape[1]) != record.first[:, None]
     if not bool(keep.any(dim=1).all()):
@@ -71,11 +77,11 @@ def held_out(
 @torch.no_grad()
 def sequence_fvu(dictionary: Dictionary, data: HeldOut) -> Float[Tensor, "sequence"]:
     """Squared error of each sequence over the mean variance per sequence."""
-    flat = data.x[data.keep]
+    flat = data.tokens
     x_hat = torch.cat([dictionary.decode(dictionary.encode(block)) for block in rows(flat, BLOCK)])
     errors = torch.zeros(data.keep.shape, dtype=torch.float64)
-    errors[data.keep] = (flat - x_hat).double().square().sum(1)
-    variance = (flat.double() - flat.double().mean(0)).square().sum()
+    errors[data.keep] = (flat - x_hat).double().square().sum(1).cpu()
+    variance = float((flat.double() - flat.double().mean(0)).square().sum())
     return errors.sum(1) * len(errors) / variance
 
 
@@ -85,7 +91,7 @@ def score(model: LoadedModel, data: HeldOut, dictionaries: dict[str, Dictionary]
     per_token = len(data.record) / n_predicted(data.record)
     scores = {
         name: Scores(
-            evaluation=evaluate(dictionary, rows(data.x[data.keep], BLOCK)),
+            evaluation=evaluate(dictionary, rows(data.tokens, BLOCK)),
             fvu=sequence_fvu(dictionary, data),
             ce=losses[name] * per_token,
         )

@@ -99,7 +99,7 @@ def evaluate(dictionary: Dictionary, batches: Iterable[Float[Tensor, "n d"]]) ->
         l0=float(firings.sum()) / moments.n,
         dead_fraction=float((firings == 0).double().mean()),
         n_tokens=moments.n,
-        density=(firings.double() / moments.n).float(),
+        density=(firings.double() / moments.n).float().cpu(),
     )
 
 

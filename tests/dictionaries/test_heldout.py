@@ -11,7 +11,8 @@ from interp.dictionaries.examples import top_examples
 from interp.dictionaries.heldout import HeldOut, held_out, score, sequence_fvu
 from interp.dictionaries.sae import TopKSAE
 from interp.dictionaries.splice import loss_recovered, n_predicted, sequence_losses, spliced_losses
-from interp.instrument.edits import edited, set_to
+from interp.instrument.capture import capture
+from interp.instrument.edits import clamp_feature, edited, set_to
 from interp.instrument.tokens import TokenRecord, tokenize
 from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
@@ -150,3 +151,24 @@ def test_bad_input_is_named(model, record):
         spliced_losses(model, record, site, {"sae": sae}, record.mask[:1])
     with pytest.raises(InterpError, match="width 32 do not fit a dictionary with d_in=8"):
         spliced_losses(model, record, site, {"sae": TopKSAE.random(8, 16, 2, seed=0)}, record.mask)
+
+
+def test_clamping_a_latent_moves_the_activation_along_its_feature(model, record):
+    """The edit and the dictionary agree on units: the latent read afterwards is the value asked for."""
+    site = model.table.one("resid_post.1")
+    sae = TopKSAE(32, 3, 3)
+    with torch.no_grad():  # orthonormal rows: clamping one latent leaves the others
+        sae.W_dec.copy_(torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(0))).Q.T)
+        sae.W_enc.copy_(sae.W_dec.t())
+        sae.b_enc.fill_(50.0)  # all latents positive
+        sae.scale.fill_(0.5)
+    plain = sae.folded()
+    with edited(model, clamp_feature(site, plain, 1, 123.0)), capture(model, site) as acts:
+        model(record)
+    with capture(model, site) as untouched:
+        model(record)
+    after, before = plain.encode(acts[site]).dense(), plain.encode(untouched[site]).dense()
+    moved = (acts[site] - untouched[site]) @ plain.features.T / plain.features.square().sum(1)
+    torch.testing.assert_close(moved[..., 1], 123.0 - before[..., 1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after[..., [0, 2]], before[..., [0, 2]], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(after[..., 1], torch.full_like(after[..., 1], 123.0), rtol=1e-3, atol=1e-3)

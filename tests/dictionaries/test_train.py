@@ -176,3 +176,16 @@ def test_nan_stops_with_the_step():
 def test_bad_input_is_named(call, message):
     with pytest.raises(InterpError, match=message):
         call()
+
+
+@pytest.mark.slow
+def test_the_planted_case_of_the_method_card():
+    """d = 64, 256 truths, 5 active, m = 256, k = 5, 2500 steps of 512: the card has MMCS .998 and FVU .107."""
+    truth, batches = planted(64, 256, 5, 512, seed=0)
+    cfg = TrainConfig(d_dict=256, k=5, n_steps=2500, batch_size=512, lr=3e-3, dead_after_tokens=100_000)
+    trained = train_sae(batches, next(batches), cfg)
+    chance = mean_max_cosine(truth, TopKSAE.random(64, 256, 5, seed=99).features)
+    found = mean_max_cosine(truth, trained.sae.features)
+    assert chance == pytest.approx(0.346, abs=0.01)
+    assert found > 0.97, f"mean max cosine {found:.3f}, by chance {chance:.3f}"
+    assert evaluate(trained.sae, list(itertools.islice(batches, 8))).fvu < 0.14
