@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from interp.core.errors import ArtefactError, MissingPackageError
 from interp.core.hash import hash_bytes, hash_tensors
+from interp.core.progress import track
 from interp.models.bundled import cache_dir
 
 FORMAT = 1
@@ -121,8 +122,16 @@ def _join(files: Sequence[Path], target: Path) -> Path:
 
 
 def _write(source: Path, name: str, draft: Path) -> None:
-    """Dequantise `source` and write weights, config, tokenizer and facts."""
-    module, tokenizer = _read(source)
+    """Dequantise `source`, then write weights, config, tokenizer and facts."""
+    read: list[tuple[nn.Module, Any]] = []
+    for step in track(("read", "write"), f"converting {name} (first time only)"):
+        if step == "read":
+            read.append(_read(source))
+        else:
+            _save(*read[0], name, draft)
+
+
+def _save(module: nn.Module, tokenizer: Any, name: str, draft: Path) -> None:
     state = module.state_dict()
     config = cast(Any, module).config
     if hasattr(config, "quantization_config"):

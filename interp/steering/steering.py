@@ -197,6 +197,7 @@ def _manifest(model: LoadedModel, data: SteeringData, cfg: SteeringConfig, swept
         config=asdict(cfg),
         data={
             "pairs": len(pairs.positive),
+            "pairs_hash": hash_json([pairs.positive, pairs.negative]),
             "prompts": len(pairs.prompts),
             "neutral": f"{cfg.corpus}, 2 x {len(data.neutral)} x {data.neutral.ids.shape[1]} tokens",
             "hash": hash_json([texts, data.neutral.hash, data.neutral_report.hash]),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from interp.core.errors import ArtefactError, InterpError
 from interp.core.hash import hash_json
+from interp.core.result import Result
 from interp.instrument.edits import Context, Edit
 from interp.instrument.tokens import TokenRecord, residual_norms
 from interp.models.model import LoadedModel
@@ -136,6 +137,28 @@ def load_vector(path: Path, model: LoadedModel | None = None, *, on_mismatch: On
     if model is not None:
         vector.check(model, on_mismatch)
     return vector
+
+
+def from_result(result: Result, sign: str = "positive") -> SteeringVector:
+    """The vector that a steering run chose, ready to be saved and applied."""
+    if result.method != "steering":
+        raise InterpError(f"a result of {result.method!r} holds no steering vector; pass one of steering")
+    head, data, site = result.headline, result.manifest.data, str(result.headline["site"])
+    layers = result.tables["layers"].set_index("layer")
+    return SteeringVector(
+        vector=result.tensors["vector"].values,
+        site=site,
+        sign=sign,
+        norm=float(head["activation_norm"]),
+        strength=float(head["strength"]),
+        difference_norm=float(layers.loc[int(site.rpartition(".")[2]), "relative_norm"])
+        * float(head["activation_norm"]),
+        method=str(result.manifest.config["method"]),
+        source=result.manifest.model.source,
+        weight_hash=result.manifest.model.weight_hash,
+        n_pairs=int(data["pairs"]),
+        pairs_hash=str(data["pairs_hash"]),
+    )
 
 
 def typical_norm(model: LoadedModel, record: TokenRecord, layers: list[int]) -> Float[Tensor, " layer"]:

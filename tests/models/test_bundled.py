@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from interp.core.errors import ArtefactError, MissingPackageError
 from interp.core.hash import hash_tensors
+from interp.core.progress import listening
 from interp.models import gguf
 from interp.models.bundled import BUNDLED, cache_dir
 from interp.models.load import load
@@ -104,6 +105,24 @@ def test_weights_of_a_gguf_file_are_its_own(cache: Path, tmp_path: Path) -> None
     assert torch.equal(model.weight("W_down", 0), stored["blk.0.ffn_down.weight"].T)
     assert model.weight_hash == hash_tensors(model.module.state_dict())
     assert not model.module.training and model.tokenizer is not None
+
+
+@GGUF_PACKAGES
+def test_a_folder_with_one_gguf_file_is_that_file(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "download").mkdir()
+    path = write_tiny_gguf(tmp_path / "download" / "tiny.gguf")
+    assert load(path.parent).weight_hash == load(path).weight_hash
+    write_tiny_gguf(path.with_name("other.gguf"), seed=1)
+    with pytest.raises(ArtefactError, match="no config.json"):
+        load(path.parent)
+
+
+@GGUF_PACKAGES
+def test_conversion_says_how_far_it_is(cache: Path, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    with listening(lambda *step: heard.append(step)):
+        gguf.converted([write_tiny_gguf(tmp_path / "tiny.gguf")], "tiny")
+    assert [step[1:] for step in heard] == [(0, 2), (1, 2), (2, 2)] and "tiny" in heard[0][0]
 
 
 @GGUF_PACKAGES

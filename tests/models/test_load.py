@@ -1,7 +1,10 @@
 """Loading: every kind of source, nothing left changed, no network, no pickles, and what is refused."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +130,21 @@ def test_any_network_has_its_module_paths() -> None:
     with capture(model, "1") as acts:
         out = model(x)
     assert torch.equal(acts["1"], net[:2](x)) and torch.equal(out, net(x))
+
+
+@pytest.mark.slow
+def test_a_hub_name_is_read_from_the_local_cache(folder: Path, tmp_path: Path) -> None:
+    """The layout of the hub's cache, with no network and HF_HUB_OFFLINE=1."""
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "snapshots").mkdir()
+    folder.rename(repo / "snapshots" / ("0" * 40))
+    code = "from interp.models.load import load; m = load('someone/tiny'); "
+    code += "print(m.source, m.weight_hash, m.tokenizer('a'))"
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.split()[:2] == ["someone/tiny", tiny_model("llama").weight_hash] and "97" in run.stdout
 
 
 def pickled(folder: Path) -> None:

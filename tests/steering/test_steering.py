@@ -15,6 +15,7 @@ from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
 from interp.steering.steering import SPEC, SteeringConfig
 from interp.steering.sweep import Sweep
+from interp.steering.vectors import extract, from_result
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,19 @@ def test_it_is_found_and_its_example_runs_and_saves(model: LoadedModel, tmp_path
     assert again.headline == result.headline
     for name, table in result.tables.items():
         pd.testing.assert_frame_equal(again.tables[name], table)
+
+
+def test_the_chosen_vector_is_the_one_that_extract_makes(model: LoadedModel) -> None:
+    data, cfg = SPEC.example(model)
+    result = SPEC.run(model, data, cfg)
+    found = from_result(result)
+    layer = int(found.site.rpartition(".")[2])
+    made = extract(model, data.pairs, layer, neutral=data.neutral, strength=found.strength)
+    torch.testing.assert_close(found.scaled(), made.scaled())
+    assert abs(found.difference_norm - made.difference_norm) < 1e-3 * made.difference_norm
+    assert (found.pairs_hash, found.weight_hash) == (made.pairs_hash, model.weight_hash)
+    with pytest.raises(InterpError, match="holds no steering vector"):
+        from_result(replace(result, manifest=replace(result.manifest, method="other")))
 
 
 def test_it_repeats_and_the_seed_moves_only_the_controls(model: LoadedModel) -> None:
