@@ -6,9 +6,7 @@ number that may differ between runs.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -31,7 +29,6 @@ from interp.models.tiny import tiny_model
 
 METHODS = discover()
 FAMILIES = ("llama", "gemma3", "gpt2")
-MAX_FIELDS = 12
 PASS_SIZES = {"ROWS": 1, "PER_PASS": 1, "TOKENS_PER_PASS": 16, "BLOCK": 7}
 """Module constants that say how much goes through at once, and a smaller value: it must not change a result."""
 
@@ -108,43 +105,6 @@ def pieces(value: Any, name: str = "data") -> Iterator[tuple[str, str]]:
             yield from pieces(item, f"{name}[{index}]")
     elif isinstance(value, str | int | float | None):
         yield name, repr(value)
-
-
-# Of the file
-
-
-@every_method
-def test_config_is_frozen_small_and_explained(spec: Spec) -> None:
-    config = spec.config()
-    fields = dataclasses.fields(config)
-    assert spec.config.__dataclass_params__.frozen
-    assert all(field.kw_only for field in fields)
-    assert len(fields) <= MAX_FIELDS
-    body = ast.parse(inspect.getsource(spec.config)).body[0].body
-    for here, below in zip(body, [*body[1:], None], strict=True):
-        if isinstance(here, ast.AnnAssign):
-            explained = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            assert explained, f"{spec.config.__name__}.{ast.unparse(here.target)} has no line of explanation below it"
-    hash(config)
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert build_config(spec.config, plain) == config
-
-
-@every_method
-def test_file_opens_with_the_question_and_ends_with_the_spec(spec: Spec) -> None:
-    module = inspect.getmodule(spec.run)
-    assert module is not None
-    assert module.__doc__
-    opening = module.__doc__.strip().splitlines()
-    assert "?" in opening[0] + opening[1], "the docstring opens with the question"
-    assert len(opening) >= 4, "question, formula, paper and traps"
-    statements = ast.parse(inspect.getsource(module)).body
-    last = [node for node in statements if not isinstance(node, ast.Expr)][-1]
-    assert isinstance(last, ast.Assign | ast.AnnAssign)
-    assert ast.unparse(last).startswith("SPEC")
-
-
-# Of a run
 
 
 @every_family
@@ -239,7 +199,8 @@ def test_survives_the_disk(spec: Spec, family: str, tmp_path: Path) -> None:
     assert loaded.panels == result.panels
     assert loaded.notes == result.notes
     for name, table in result.tables.items():
-        pd.testing.assert_frame_equal(loaded.tables[name], table, check_dtype=False)
+        assert table.index.names == [None], f"the row labels of {name} are not saved; make them a column"
+        pd.testing.assert_frame_equal(loaded.tables[name], table.reset_index(drop=True), check_dtype=False)
     for name, labelled in result.tensors.items():
         assert torch.equal(loaded.tensors[name].values.nan_to_num(), labelled.values.nan_to_num())
 
@@ -312,8 +273,15 @@ def test_double_precision_agrees(spec: Spec, family: str) -> None:
 
 @every_method
 def test_loads_what_its_config_names(spec: Spec) -> None:
-    """Replay rebuilds the input from the config alone, and gets the same one."""
+    """Replay rebuilds the input from the config alone and gets the same one, or a reason that names the input.
+
+    A reason is for a tiny model whose byte tokenizer cannot write the input, e.g. names of one token each.
+    """
     model, config = tiny_model(), spec.config()
-    first, second = (dict(pieces(spec.load(model, config))) for _ in range(2))
+    try:
+        first = dict(pieces(spec.load(model, config)))
+    except InterpError as error:
+        assert "tokenizer" in str(error), error  # noqa: PT017
+        return
     assert first
-    assert first == second
+    assert dict(pieces(spec.load(model, config))) == first
