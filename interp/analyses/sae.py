@@ -27,6 +27,7 @@ from interp.analyses.sae_views import (
     control_rows,
     evaluation_table,
     histogram,
+    notes,
     reconstruction_table,
     with_baselines,
 )
@@ -157,7 +158,14 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
             seconds=time.perf_counter() - started,
         ),
         tensors=_tensors(trained.sae) | {"density": LabelledTensor(values=found.density, axes=("latent",))},
-        notes=_notes(cfg, data, n_dropped, int((~test.keep).sum()), headline),
+        notes=notes(
+            drop_norm=cfg.drop_norm,
+            train=(data.train.n_tokens, n_dropped),
+            test=(data.test.n_tokens, int((data.test.mask & ~test.keep).sum())),
+            n_drawn=cfg.n_steps * cfg.batch_size,
+            n_sequences=len(data.test),
+            scaled=headline["loss_recovered"] is not None,
+        ),
     )
 
 
@@ -218,24 +226,6 @@ def _tensors(sae: TopKSAE) -> dict[str, LabelledTensor]:
         name: LabelledTensor(values=getattr(sae, name).detach().cpu().contiguous(), axes=names)
         for name, names in axes.items()
     }
-
-
-def _notes(
-    cfg: SAEConfig, data: SAEData, n_dropped: int, n_dropped_test: int, headline: dict[str, Any]
-) -> tuple[str, ...]:
-    rule = (
-        f"position 0 and tokens whose norm exceeds {cfg.drop_norm:g} times the median" if cfg.drop_norm else "no token"
-    )
-    passes = cfg.n_steps * cfg.batch_size / max(data.train.n_tokens - n_dropped, 1)
-    notes = [
-        f"left out: {rule} ({n_dropped} of {data.train.n_tokens} training tokens, {n_dropped_test} of "
-        f"{data.test.n_tokens} held-out ones); spliced runs keep their own activation there",
-        f"dead_fraction counts latents silent on all {data.test.n_tokens - n_dropped_test} held-out tokens",
-        f"trained for {passes:.1f} passes over {data.train.n_tokens} tokens: not a converged dictionary",
-    ]
-    if headline["loss_recovered"] is None:
-        notes.append("zero ablation does not raise this model's loss here, so loss_recovered is undefined")
-    return tuple(notes)
 
 
 def dictionary_of(result: Result) -> TopKSAE:

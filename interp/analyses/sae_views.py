@@ -17,6 +17,7 @@ from interp.dictionaries.splice import loss_recovered
 
 LEVEL = 0.05
 """A control is passed when its adjusted p is below this."""
+N_CONTROLS = 5
 
 
 def evaluation_table(scores: dict[str, Scores], base: Float[Tensor, "sequence"], seed: int) -> pd.DataFrame:
@@ -53,7 +54,7 @@ def reconstruction_table(table: pd.DataFrame) -> pd.DataFrame:
 def control_rows(scores: dict[str, Scores], k: int) -> tuple[Control, ...]:
     """The trained dictionary against each baseline: sign-flip test paired over held-out sequences, Holm-adjusted.
 
-    With few sequences nothing passes, however large the difference: 4 allow no p below 1/16.
+    With n sequences no adjusted p is below 5 / 2^n: with fewer than 7 nothing passes, however large the difference.
     """
     sae = scores["SAE"]
     pca, random = f"PCA with {scores['PCA'].evaluation.l0:g} components", f"untrained dictionary with k={k}"
@@ -97,6 +98,25 @@ def histogram(density: Float[Tensor, "latent"], n_bins: int = 30) -> pd.DataFram
     low = float(live.min()) if len(live) else -1.0
     counts, edges = np.histogram(live, bins=n_bins, range=(min(low, -0.1), 0.0))
     return pd.DataFrame({"log10_density": (edges[:-1] + edges[1:]) / 2, "n_latents": counts})
+
+
+def notes(
+    *, drop_norm: float, train: tuple[int, int], test: tuple[int, int], n_drawn: int, n_sequences: int, scaled: bool
+) -> tuple[str, ...]:
+    """What to doubt. train, test: tokens, and how many of them were left out; n_drawn: tokens drawn in training."""
+    rule = f"position 0 and tokens with a norm above {drop_norm:g} times the median" if drop_norm else "no token"
+    passes = n_drawn / max(train[0] - train[1], 1)
+    found = [
+        f"left out: {rule} ({train[1]} of {train[0]} training tokens, {test[1]} of {test[0]} held-out ones); "
+        "spliced runs keep their own activation there",
+        f"dead_fraction counts latents silent on all {test[0] - test[1]} held-out tokens",
+        f"trained for {passes:.1f} passes over {train[0]} tokens: not a converged dictionary",
+    ]
+    if N_CONTROLS / 2**n_sequences >= LEVEL:
+        found.append(f"{n_sequences} held-out sequences are too few for any control to be passed; use at least 7")
+    if not scaled:
+        found.append("zero ablation does not raise this model's loss here, so loss_recovered is undefined")
+    return tuple(found)
 
 
 PANELS = (

@@ -149,6 +149,14 @@ def test_bad_configs_are_named(model, changes, message):
         run(model, data, replace(cfg, **changes))
 
 
+def test_too_few_sequences_are_said(model):
+    data, cfg = SPEC.example(model)
+    few = run(model, replace(data, test=data.test.rows(range(6))), cfg)
+    assert not any(control.passed for control in few.controls)
+    assert any("6 held-out sequences are too few" in note for note in few.notes)
+    assert not any("too few" in note for note in run(model, replace(data, test=data.test.rows(range(7))), cfg).notes)
+
+
 def test_evaluating_on_the_training_text_is_refused(model):
     data, cfg = SPEC.example(model)
     with pytest.raises(InterpError, match="the held-out text is the training text"):
@@ -168,13 +176,13 @@ def test_load_gives_disjoint_text(model):
 
 @pytest.mark.slow
 @pytest.mark.needs_model("smollm2-135m")
-def test_on_a_real_model_the_method_card_is_met():
+def test_on_a_real_model_the_method_card_is_met(tmp_path):
     """The card: FVU .239 after 200 and .184 after 400 steps of 1024 on other text, PCA-32 .514."""
     from interp.models.load import load as load_model
 
     model = load_model("smollm2-135m")
     cfg = SAEConfig(n_sequences=160, n_eval=8, n_steps=200)
-    found = run(model, load(model, cfg), cfg)
+    found = run(model, replace(load(model, cfg), store=tmp_path), cfg)
     assert found.headline["fvu"] < 0.4 < found.headline["fvu_pca"] < 0.65 < found.headline["fvu_random"]
     assert found.headline["loss_recovered"] > 0.9
     assert all(control.passed for control in found.controls)
