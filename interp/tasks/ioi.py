@@ -3,13 +3,11 @@
 "When Mary and John went to the store, John gave a drink to" -> " Mary". The corruption is symmetric token replacement:
 the second mention of the giver (S2) becomes the other name, which makes a prompt as natural whose answer is the other.
 Roles: IO (the one who receives), S1, S2 (first and second mention of the giver), END (the last token).
-Paper: K. Wang et al., Interpretability in the wild, 2023, https://arxiv.org/abs/2211.00593; the corruption: F. Zhang and
-N. Nanda, Towards best practices of activation patching, 2024, https://arxiv.org/abs/2309.16042.
+Papers: K. Wang et al., Interpretability in the wild, 2023, https://arxiv.org/abs/2211.00593; the corruption: F. Zhang
+and N. Nanda, Towards best practices of activation patching, 2024, https://arxiv.org/abs/2309.16042.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
@@ -55,7 +53,7 @@ def random_drafts(n: int, seed: int) -> list[Draft]:
         raise InterpError(f"n={n} prompt pairs; ask for at least 1")
     generator = torch_generator(seed, "ioi")
 
-    def pick(items: Sequence[str], k: int = 1) -> list[str]:
+    def pick(items: tuple[str, ...], k: int = 1) -> list[str]:
         return [items[i] for i in torch.randperm(len(items), generator=generator)[:k].tolist()]
 
     made: list[Draft] = []

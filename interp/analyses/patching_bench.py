@@ -1,0 +1,60 @@
+"""One forward per site: the slow way that exact patching is compared with (a helper of `patching` and of the bench)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.analyses.patching_wave import all_patches, make_runs, patched_logits
+from interp.instrument.capture import capture
+from interp.instrument.edits import edited, patch_from
+from interp.models.model import LoadedModel
+from interp.tasks.base import PromptPairs, align
+from interp.tasks.ioi import draft
+
+STRIDE = 10
+"""The slow way is timed on every tenth site."""
+
+
+def one_by_one(model: LoadedModel, pairs: PromptPairs, sites: Sequence[tuple[int, int]]) -> Float[Tensor, "site vocab"]:
+    """Denoised logits of the first pair at the last token, a whole forward for each (layer, position)."""
+    row = pairs.take([0])
+    with capture(model, "resid_post.*") as donor:
+        model(row.clean.ids)
+    found: list[Tensor] = []
+    for layer, position in sites:
+        site = f"resid_post.{layer}"
+        with edited(model, patch_from(site, donor[site], at=position)):
+            found.append(model(row.corrupt.ids)[0, -1])
+    return torch.stack(found)
+
+
+def in_a_wave(model: LoadedModel, pairs: PromptPairs) -> dict[tuple[int, int], Float[Tensor, " vocab"]]:
+    """The same for every (layer, position) of resid_post at once."""
+    row = pairs.take([0])
+    runs = make_runs(model, row.corrupt.ids, row.clean.ids, ("resid_post",), row.first_difference)
+    patches = all_patches(model, row, ("resid_post",), 0)
+    found = {(patch.layer, patch.index): runs.base.logits[0, -1] for patch in patches}
+    for wave, logits in patched_logits(model, runs, patches, "patching"):
+        found |= {(patch.layer, patch.index): value for patch, value in zip(wave, logits, strict=True)}
+    return found
+
+
+def all_sites(model: LoadedModel, pairs: PromptPairs) -> list[tuple[int, int]]:
+    """Every (layer, position), in order."""
+    return [(patch.layer, patch.index) for patch in all_patches(model, pairs, ("resid_post",), 0)]
+
+
+def bench_systems(model: LoadedModel) -> dict[str, Callable[[], object]]:
+    """All resid_post sites of one prompt pair: every tenth of them one by one, and all of them in a wave."""
+    pairs = align(model, [draft("Mary", "John", "John")])
+    sites = all_sites(model, pairs)
+    return {
+        f"one forward per site, {len(sites[::STRIDE])} of {len(sites)} sites": lambda: one_by_one(
+            model, pairs, sites[::STRIDE]
+        ),
+        f"interp, all {len(sites)} sites": lambda: in_a_wave(model, pairs),
+    }
