@@ -128,6 +128,11 @@ except importlib.metadata.PackageNotFoundError:
     run(sys.executable, "-c", theirs, cwd=ROOT)
 
 
+def test_the_installed_command_answers(installed: Path) -> None:
+    code = "import sys; from interp.cli import main; sys.argv = ['interp', '--help']; sys.exit(main())"
+    assert "replay" in run(sys.executable, "-c", code, cwd=installed.parent, path=installed)
+
+
 # Pins
 
 
