@@ -158,6 +158,11 @@ def tokenize(
     return replace(record, texts=tuple(listed), spans=placed if with_spans else None)
 
 
+def adds_start(model: LoadedModel) -> bool:
+    """Whether the tokenizer, left to itself, puts one start token before a text and nothing after it."""
+    return _adds_start(_tokenizer(model))
+
+
 def from_ids(
     model: LoadedModel,
     ids: Int[Tensor, "batch pos"] | Sequence[Sequence[int]],
@@ -251,6 +256,12 @@ def _string(tokenizer: Any, token: int) -> str:
     return f" {text}" if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
 
 
+def _adds_start(tokenizer: Any) -> bool:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    return bos is not None and list(tokenizer("a")["input_ids"]) == [bos, *bare]
+
+
 def _start_notes(tokenizer: Any, ids: Tensor, mask: Tensor, add_special: bool) -> tuple[str, ...]:
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
@@ -258,7 +269,6 @@ def _start_notes(tokenizer: Any, ids: Tensor, mask: Tensor, add_special: bool) -
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     if any(row[:2] == [bos, bos] for row in rows):
         return ("the start token comes twice: it was in the text and was added again",)
-    added = tokenizer("a").input_ids[:1] == [bos]
-    if added and not add_special and not all(row[0] == bos for row in rows):
+    if _adds_start(tokenizer) and not add_special and not all(row[0] == bos for row in rows):
         return ("no start token, though this model's tokenizer would add one; add_special=True adds it",)
     return ()

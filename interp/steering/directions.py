@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from interp.core.errors import InterpError, unknown
 from interp.core.seed import torch_generator
 from interp.instrument.capture import capture
-from interp.instrument.tokens import tokenize
+from interp.instrument.tokens import adds_start, tokenize
 from interp.models.model import LoadedModel
 
 METHODS = ("mean", "pca")
@@ -30,11 +30,14 @@ ROWS = 40
 
 
 def read_last(model: LoadedModel, texts: Sequence[str], layers: Sequence[int]) -> Float[Tensor, "layer text d_model"]:
-    """The stream after each of some blocks, at the last token of each text; float32 on the cpu."""
+    """The stream after each of some blocks, at the last token of each text; float32 on the cpu.
+
+    Texts get the start token that the tokenizer puts before a text, if it does, and nothing else.
+    """
     names = [f"resid_post.{layer}" for layer in layers]
     parts: list[Tensor] = []
     for start in range(0, len(texts), ROWS):
-        record = tokenize(model, list(texts[start : start + ROWS]), pad="right")
+        record = tokenize(model, list(texts[start : start + ROWS]), pad="right", add_special=adds_start(model))
         with capture(model, names, positions=record.last) as acts:
             model(record)
         parts.append(torch.stack([acts[name][:, 0].float().cpu() for name in names]))

@@ -23,7 +23,7 @@ from interp.core.errors import InterpError
 from interp.core.sites import Part, Site
 from interp.instrument.blocks import BlockRunner
 from interp.instrument.edits import add, edited
-from interp.instrument.tokens import TokenRecord, sink_candidates, tokenize
+from interp.instrument.tokens import TokenRecord, adds_start, sink_candidates, tokenize
 from interp.models.model import LoadedModel
 
 TOKENS_PER_PASS = 1024
@@ -101,14 +101,15 @@ def steerable(model: LoadedModel, record: TokenRecord, *, sinks: bool = False) -
 
 
 def batches(model: LoadedModel, texts: Sequence[str], *, sinks: bool = False) -> list[Batch]:
-    """Texts grouped by their number of tokens, in order of their first appearance."""
-    records = [tokenize(model, text) for text in texts]
+    """Texts grouped by their number of tokens, in order of their first appearance; see `read_last` on start tokens."""
+    start = adds_start(model)
+    records = [tokenize(model, text, add_special=start) for text in texts]
     groups: dict[int, list[int]] = {}
     for row, record in enumerate(records):
         groups.setdefault(record.ids.shape[1], []).append(row)
     found: list[Batch] = []
     for rows in groups.values():
-        record = tokenize(model, [texts[row] for row in rows])
+        record = tokenize(model, [texts[row] for row in rows], add_special=start)
         found.append(Batch(model, record, steerable(model, record, sinks=sinks), tuple(rows)))
     return found
 

@@ -23,7 +23,7 @@ from interp.core.manifest import Manifest
 from interp.core.result import LabelledTensor, Panel, Result
 from interp.core.seed import torch_generator
 from interp.core.spec import Spec, Tolerance
-from interp.instrument.tokens import TokenRecord, from_ids
+from interp.instrument.tokens import TokenRecord, adds_start, from_ids
 from interp.models.model import LoadedModel
 from interp.steering.evaluate import Batch, Neutral, batches, readout, steerable
 from interp.steering.measure import Measured, controls, measure, p95
@@ -108,7 +108,10 @@ def run(model: LoadedModel, data: SteeringData, cfg: SteeringConfig) -> Result:
         found, layer, strength, strengths=cfg.strengths, prompts=reporting, reading=reading,
         neutral=neutral_report, method=cfg.method, n_random=cfg.n_random, seed=cfg.seed,
     )  # fmt: skip
-    extra = _Extra(directions=found.table, within=within, notes=reading.notes, seconds=time.perf_counter() - started)
+    starts = ("pairs and prompts begin with the tokenizer's start token",) if adds_start(model) else ()
+    extra = _Extra(
+        directions=found.table, within=within, notes=reading.notes + starts, seconds=time.perf_counter() - started
+    )
     return _result(model, data, cfg, swept, measured, extra)
 
 

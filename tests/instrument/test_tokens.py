@@ -7,7 +7,7 @@ import torch
 
 from interp.core.errors import InterpError
 from interp.instrument.edits import add, edited
-from interp.instrument.tokens import TokenRecord, from_ids, residual_norms, sink_candidates, tokenize
+from interp.instrument.tokens import TokenRecord, adds_start, from_ids, residual_norms, sink_candidates, tokenize
 from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
 
@@ -88,6 +88,7 @@ def test_a_doubled_or_missing_start_token_is_noted(model: LoadedModel) -> None:
         __call__ = staticmethod(tokenizer)
 
     bos_model = LoadedModel(model.module, Callable(**vars(wrapped)))
+    assert adds_start(bos_model) and not adds_start(model)
     assert "no start token" in tokenize(bos_model, "hi").notes[0]
     assert "twice" in tokenize(bos_model, "<bos>hi", add_special=True).notes[0]
     assert tokenize(bos_model, "hi", add_special=True).notes == ()
