@@ -149,7 +149,8 @@ def _check(ends: Endpoints, cfg: PatchingConfig, n: int) -> None:
     if ends.accuracy < cfg.min_accuracy:
         raise InterpError(
             f"the model gets {round(ends.accuracy * n)} of {n} clean prompts right "
-            f"(min_accuracy={cfg.min_accuracy:g}); a circuit of a task it cannot do means nothing: choose other prompts, or lower min_accuracy"
+            f"(min_accuracy={cfg.min_accuracy:g}); a circuit of a task it cannot do means nothing: "
+            "choose other prompts, or lower min_accuracy"
         )
     if abs(gap) < MIN_GAP:
         raise InterpError(

@@ -129,7 +129,7 @@ def normalise_decoder(sae: TopKSAE) -> None:
     sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
 
 
-class _Steps:
+class Stepper:
     """What one training step needs and keeps."""
 
     def __init__(self, sae: TopKSAE, cfg: TrainConfig) -> None:
@@ -189,7 +189,7 @@ def train_sae(batches: Iterator[Float[Tensor, "batch d"]], sample: Float[Tensor,
 
     sample: activations from which scale and b_dec start (a few thousand; the first 32,768 are used).
     """
-    steps = _Steps(initial(sample, cfg), cfg)
+    steps = Stepper(initial(sample, cfg), cfg)
     curve: list[dict[str, float | int]] = []
     for number in track(range(cfg.n_steps), "training the dictionary"):
         try:

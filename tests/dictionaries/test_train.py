@@ -14,7 +14,7 @@ from interp.dictionaries.metrics import evaluate, mean_max_cosine
 from interp.dictionaries.sae import TopKSAE
 from interp.dictionaries.train import (
     TrainConfig,
-    _Steps,
+    Stepper,
     geometric_median,
     initial,
     learning_rate,
@@ -76,7 +76,7 @@ def test_dead_latents_come_back_through_the_auxiliary_loss():
         sae = initial(next(batches), cfg)
         with torch.no_grad():
             sae.b_enc[:24] -= 0.8 * math.sqrt(24)
-        steps = _Steps(sae, cfg)
+        steps = Stepper(sae, cfg)
         rows = [steps.step(number, next(batches)) for number in range(cfg.n_steps)]
         codes = steps.sae.encode(torch.cat(list(itertools.islice(batches, 4))))
         return int((codes.firings()[:24] > 0).sum()), [row["dead_fraction"] for row in rows]

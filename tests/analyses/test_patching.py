@@ -1,0 +1,188 @@
+"""Patching: the wave against one forward per site, closed forms, gradients, controls, refusals, real numbers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from interp.analyses.patching import SPEC, PatchingConfig, example, load, run
+from interp.analyses.patching_bench import all_sites, in_a_wave, one_by_one
+from interp.analyses.patching_gradient import estimates
+from interp.analyses.patching_scores import Direction, Scores, endpoints, measure, unrelated
+from interp.analyses.patching_wave import KINDS
+from interp.core.errors import InterpError
+from interp.instrument.capture import capture
+from interp.instrument.edits import edited, patch_from
+from interp.models.load import load as load_model
+from interp.models.tiny import tiny_model
+from interp.tasks.ioi import random_pairs
+
+FAMILIES = ["llama", "gemma3", "gpt2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("direction", list(Direction))
+def test_the_wave_equals_one_forward_per_patch(family: str, direction: Direction) -> None:
+    """Oracle: every patch on its own, through the public edits, on the whole prompt."""
+    model = tiny_model(family)
+    pairs = random_pairs(model, n=2, length=6)
+    ends = endpoints(model, pairs)
+    found = measure(model, pairs, ends, KINDS, direction)
+    denoise = direction is Direction.DENOISE
+    first, second = (pairs.corrupt, pairs.clean) if denoise else (pairs.clean, pairs.corrupt)
+    base, donor = (ends.corrupt, ends.clean) if denoise else (ends.clean, ends.corrupt)
+    gap = float((donor.logit_diff - base.logit_diff).mean())
+    with capture(model, [f"{kind}.*" for kind in KINDS]) as acts:
+        model(second.ids)
+    for kind in KINDS:
+        for layer in range(model.n_layers):
+            site = f"{kind}.{layer}"
+            for index in range(found[kind]["logit_diff"].shape[2]):
+                where = {"head": index} if kind == "z" else {"at": index}
+                with edited(model, patch_from(site, acts[site], **where)):
+                    now = Scores.of(model(first.ids)[:, -1], pairs.answers, ends.other)
+                expected = (now.logit_diff - base.logit_diff) / gap
+                np.testing.assert_allclose(
+                    found[kind]["logit_diff"][:, layer, index], expected.numpy(), atol=2e-3 / abs(gap)
+                )
+
+
+def test_the_last_layer_of_the_stream_is_the_donor_at_the_end_and_nothing_elsewhere() -> None:
+    model = tiny_model("llama")
+    pairs = random_pairs(model, n=2, length=6)
+    found = measure(model, pairs, endpoints(model, pairs), ("resid_post",), Direction.DENOISE)["resid_post"]
+    last = {metric: values[:, -1].mean(0) for metric, values in found.items()}
+    for metric in ("logit_diff", "prob", "kl"):
+        np.testing.assert_allclose(last[metric], [0, 0, 0, 0, 0, 1], atol=1e-4)
+
+
+def test_positions_before_the_change_are_exactly_zero() -> None:
+    model = tiny_model("llama")
+    pairs = random_pairs(model, n=2, length=6)
+    found = measure(model, pairs, endpoints(model, pairs), ("resid_post", "mlp_out"), Direction.NOISE)
+    for kind in found:
+        assert not found[kind]["logit_diff"][:, :, : pairs.first_difference].any()
+
+
+def test_gradients_predict_small_patches() -> None:
+    """Causal oracle: the predicted change of a tiny edit is the measured one."""
+    model = tiny_model("llama", dtype=torch.float64)
+    pairs = random_pairs(model, n=1, length=5)
+    ids = pairs.corrupt.ids
+    with capture(model, "embed") as base:
+        model(ids)
+    nudge = 1e-4 * torch.randn(base["embed"].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with capture(model, "embed", grad=True) as acts:
+        logits = model(ids)[:, -1]
+        (logits[0, pairs.answers[0, 0]] - logits[0, pairs.answers[0, 1]]).backward()
+    predicted = float((nudge * acts.grad("embed")).sum())
+    logits = logits.detach()
+    with edited(model, patch_from("embed", base["embed"] + nudge)):
+        moved = model(ids)[:, -1]
+    actual = float(
+        (moved[0, pairs.answers[0, 0]] - moved[0, pairs.answers[0, 1]])
+        - (logits[0, pairs.answers[0, 0]] - logits[0, pairs.answers[0, 1]])
+    )
+    assert predicted == pytest.approx(actual, rel=1e-2)  # transformers' norms compute in float32
+
+
+@pytest.mark.parametrize("n_steps", [0, 3])
+def test_estimates_equal_gradients_taken_by_hand(n_steps: int) -> None:
+    """Oracle: autograd on `inputs_embeds`, with the stream's gradient read off transformers' hidden states."""
+    model = tiny_model("llama", dtype=torch.float64)
+    pairs = random_pairs(model, n=2, length=5)
+    found = estimates(model, pairs.corrupt, pairs.clean, pairs.answers, ("resid_post",), n_steps)
+    table = model.weight("W_E").detach()
+    base, donor = table[pairs.corrupt.ids], table[pairs.clean.ids]
+    with torch.no_grad():
+        ends = [
+            model.module(x, output_hidden_states=True).hidden_states[1] for x in (pairs.corrupt.ids, pairs.clean.ids)
+        ]
+    total = torch.zeros_like(base)
+    points = [(k + 0.5) / n_steps for k in range(n_steps)] or [0.0]
+    for point in points:
+        mixed = torch.lerp(base, donor, point).requires_grad_()
+        out = model.module(inputs_embeds=mixed, use_cache=False, output_hidden_states=True)
+        chosen = out.logits[:, -1].gather(1, pairs.answers)
+        (grad,) = torch.autograd.grad((chosen[:, 0] - chosen[:, 1]).sum(), out.hidden_states[1])
+        total += grad / len(points)
+    expected = ((ends[1] - ends[0]) * total).sum(-1)
+    torch.testing.assert_close(found[model.table.one("resid_post.0")], expected)
+
+
+def test_unrelated_pairs_share_no_answer() -> None:
+    pairs = random_pairs(tiny_model("llama"), n=3)
+    answers = torch.tensor([[1, 2], [2, 1], [3, 4]])
+    assert unrelated(replace(pairs, answers=answers)).tolist() == [2, 2, 0]
+    assert unrelated(replace(pairs, answers=answers[[0, 0, 1]])).tolist() == [0, 1, 2]
+
+
+def test_refusals() -> None:
+    model = tiny_model("llama")
+    data, cfg = example(model)
+    with pytest.raises(InterpError, match="clean prompts right"):
+        run(model, data, replace(cfg, min_accuracy=1.0))
+    with pytest.raises(InterpError, match="kind of site"):
+        run(model, data, replace(cfg, kinds=("resid_pots",)))
+    same = replace(data, answers=torch.stack([data.answers[:, 0]] * 2, dim=1))
+    with pytest.raises(InterpError, match="cannot be divided"):
+        run(model, same, cfg)
+    with pytest.raises(InterpError, match="all of clean, corrupt"):
+        load(model, PatchingConfig(clean="abc"))
+    with pytest.raises(InterpError, match="ioi"):
+        load(model, PatchingConfig(task="oii"))
+    with pytest.raises(InterpError, match="tokens against"):
+        load(model, PatchingConfig(clean="ab", corrupt="abc", right="a", wrong="b"))
+
+
+def test_one_pair_has_no_unrelated_donor_and_still_its_other_controls() -> None:
+    model = tiny_model("llama")
+    data, cfg = example(model)
+    result = run(model, data.take([0]), cfg)
+    assert len(result.controls) == 2
+    assert result.controls[0].passed
+
+
+@pytest.mark.needs_model("smollm2-135m")
+def test_all_sites_of_one_pair_equal_one_forward_each() -> None:
+    model = load_model("smollm2-135m", check=False)
+    pairs = SPEC.load(model, PatchingConfig(n_prompts=1))
+    wave = in_a_wave(model, pairs)
+    sites = all_sites(model, pairs)
+    assert len(sites) == 420
+    sample = [*sites[9::60], (29, 13)]
+    for site, expected in zip(sample, one_by_one(model, pairs, sample), strict=True):
+        assert float((wave[site] - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.needs_model("smollm2-135m")
+def test_reference_numbers() -> None:
+    """Card C1: endpoints, the hand-over from S2 to END, heads, and the shortcuts' correlations over heads."""
+    model = load_model("smollm2-135m", check=False)
+    cfg = PatchingConfig(kinds=("resid_post", "z"))
+    data = load(model, cfg)
+    ends = endpoints(model, data)
+    assert ends.clean_mean == pytest.approx(5.60, abs=0.15)
+    assert ends.corrupt_mean == pytest.approx(-5.37, abs=0.15)
+    result = run(model, data, cfg)
+    table = result.tables["effects"]
+    table = table[(table.direction == "denoising") & (table.metric == "logit_diff")]
+    effect = {
+        (kind, layer, index): value
+        for kind, layer, index, value in zip(table.kind, table.layer, table["index"], table.effect, strict=True)
+    }
+    for layer, at_s2, at_end in ((18, 1.022, 0.006), (20, 0.544, 0.419), (23, 0.064, 0.883), (29, 0.0, 1.0)):
+        assert effect["resid_post", layer, 9] == pytest.approx(at_s2, abs=0.03)
+        assert effect["resid_post", layer, 13] == pytest.approx(at_end, abs=0.03)
+    for layer, head, value in ((23, 3, 0.464), (29, 1, 0.263), (20, 0, 0.224), (17, 4, 0.184), (29, 0, -0.227)):
+        assert effect["z", layer, head] == pytest.approx(value, abs=0.03)
+    correlation = {
+        (m, k): v
+        for m, k, v in zip(*(result.tables["correlations"][c] for c in ("method", "kind", "pearson")), strict=True)
+    }
+    assert correlation["gradient", "z"] >= 0.9
+    assert correlation["integrated gradient", "z"] >= 0.95
+    assert all(control.passed for control in result.controls)
