@@ -130,7 +130,7 @@ def normalise_decoder(sae: TopKSAE) -> None:
 
 
 class Stepper:
-    """What one training step needs and keeps."""
+    """A dictionary in training: its optimiser, and how long each latent has been silent. `train_sae` drives it."""
 
     def __init__(self, sae: TopKSAE, cfg: TrainConfig) -> None:
         self.sae, self.cfg = sae, cfg

@@ -13,8 +13,8 @@ from interp.core.progress import listening
 from interp.dictionaries.metrics import evaluate, mean_max_cosine
 from interp.dictionaries.sae import TopKSAE
 from interp.dictionaries.train import (
-    TrainConfig,
     Stepper,
+    TrainConfig,
     geometric_median,
     initial,
     learning_rate,
