@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from interp.core.errors import InterpError
 from interp.core.progress import track
@@ -120,13 +119,13 @@ def project_decoder_grad(sae: TopKSAE) -> None:
     """Remove from each row's gradient its part along the row: G_i <- G_i - (G_i . d_i) d_i."""
     grad = sae.W_dec.grad
     if grad is not None:
-        grad.sub_((grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec)
+        grad.addcmul_(sae.W_dec, (grad * sae.W_dec).sum(1, keepdim=True), value=-1)
 
 
 @torch.no_grad()
 def normalise_decoder(sae: TopKSAE) -> None:
     """Rows of W_dec to unit norm."""
-    sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
+    sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 class Stepper:
