@@ -66,14 +66,14 @@ class Measured:
         return bootstrap_interval(self.effects, seed=seed)
 
     def dose_table(self, seed: int) -> pd.DataFrame:
-        """Mean effect against strength, with its interval; controls are lines from zero to the chosen strength."""
+        """Mean effect against strength, with its interval; random directions as a band up to the chosen strength."""
         rows: list[tuple[str, float, float, float, float]] = [("mean difference", 0.0, 0.0, 0.0, 0.0)]
         for strength, values in zip(self.strengths, self.doses, strict=True):
             found = bootstrap_interval(values - self.base, seed=seed)
             rows.append(("mean difference", strength, found.estimate, found.low, found.high))
-        for number, effect in enumerate(self.random.mean(1).tolist()):
-            name = f"control: random {number}"
-            rows += [(name, 0.0, 0.0, 0.0, 0.0), (name, self.strength, effect, effect, effect)]
+        means, name = self.random.mean(1), f"control: {len(self.random)} random directions, 5 to 95 %"
+        low, high = (float(means.quantile(q)) for q in (0.05, 0.95))
+        rows += [(name, 0.0, 0.0, 0.0, 0.0), (name, self.strength, float(means.mean()), low, high)]
         return pd.DataFrame(rows, columns=["series", "strength", "effect", "low", "high"]).sort_values(
             ["series", "strength"], ignore_index=True
         )

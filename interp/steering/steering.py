@@ -31,6 +31,8 @@ from interp.steering.sweep import Sweep, find_directions, sweep
 from interp.tasks.corpora import load_corpus
 from interp.tasks.sentiment import ContrastPairs, sentiment_pairs
 
+START_NOTE = "pairs and prompts begin with the tokenizer's start token; neutral text, cut from longer text, does not"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringConfig:
@@ -108,7 +110,7 @@ def run(model: LoadedModel, data: SteeringData, cfg: SteeringConfig) -> Result:
         found, layer, strength, strengths=cfg.strengths, prompts=reporting, reading=reading,
         neutral=neutral_report, method=cfg.method, n_random=cfg.n_random, seed=cfg.seed,
     )  # fmt: skip
-    starts = ("pairs and prompts begin with the tokenizer's start token",) if adds_start(model) else ()
+    starts = (START_NOTE,) if adds_start(model) else ()
     extra = _Extra(
         directions=found.table, within=within, notes=reading.notes + starts, seconds=time.perf_counter() - started
     )
@@ -182,6 +184,12 @@ def _panels(found: Measured, cfg: SteeringConfig) -> tuple[Panel, ...]:
             group="series", low="low", high="high", x_label=strength, y_label=change,
             reading="On prompts that took no part in the choice, with bootstrap intervals; grey: random directions of "
             "equal norm. The effect counts only as far as it leaves the grey.",
+        ),
+        Panel(
+            title="The direction among others of its norm", kind="scatter", table="controls", x="number", y="effect",
+            group="direction", x_label="direction", y_label=change,
+            reading="Each grey point is another direction, added at the same tokens with the same norm: random ones, "
+            "and ones made from the same pairs with half of the labels exchanged.",
         ),
         Panel(
             title="Every prompt", kind="bar", table="prompts", x="number", y="effect", x_label="reported prompt",
