@@ -303,9 +303,14 @@ def test_no_trace_is_left_also_after_an_exception_and_foreign_hooks_survive() ->
     ids, seen = tokens(model), []
     foreign = model.layers[0].register_forward_hook(lambda *_: seen.append(1))
     before = n_hooks(model.module), dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-    with pytest.raises(RuntimeError, match="boom"), capture(model, ["*"]), edited(model, [zero("z.1", head=0)]):
-        model(ids)
-        raise RuntimeError("boom")
+
+    def fail_inside() -> None:
+        with capture(model, ["*"]), edited(model, [zero("z.1", head=0)]):
+            model(ids)
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail_inside()
     assert (n_hooks(model.module), dict(ALL_ATTENTION_FUNCTIONS._local_mapping)) == before
     model(ids)
     assert len(seen) == 2

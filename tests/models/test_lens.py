@@ -27,7 +27,7 @@ def hooked(gated: bool) -> torch.nn.Module:
     config = HookedTransformerConfig(
         **sizes, **kind, act_fn="silu", normalization_type=norm, initializer_range=0.3, seed=0
     )
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="HookedTransformer"):
         return HookedTransformer(config)
 
 
