@@ -46,10 +46,10 @@ class Measured:
     """KL on neutral text, and perplexity ratio."""
     random: Float[Tensor, "n prompt"]
     """Change of the propensity under random directions, at the chosen strength."""
-    shuffled: Float[Tensor, "m prompt"]
+    shuffled: Float[Tensor, "n prompt"]
     random_cost: Float[Tensor, "some 2"]
     split: Float[Tensor, " split"]
-    split_shuffled: Float[Tensor, " m"]
+    split_shuffled: Float[Tensor, " n"]
 
     @property
     def effects(self) -> Float[Tensor, " prompt"]:
@@ -122,13 +122,12 @@ def measure(
     differences = found.differences[found.layers.index(layer)]
     amounts = torch.tensor([0.0, *strengths])[:, None] * norm
     doses = propensities(prompts, reading, site, amounts * unit)
-    n_shuffled = max(2, n_random // 2)
     random = random_directions(n_random, len(unit), seed=seed)
-    shuffled = shuffled_directions(differences, n_shuffled, method=method, seed=seed)
+    shuffled = shuffled_directions(differences, n_random, method=method, seed=seed)
     vectors = torch.cat([random, shuffled]) * norm * strength
     chunks = track(vectors.split(PER_PASS), "steering: controls")
     changes = torch.cat([propensities(prompts, reading, site, chunk) for chunk in chunks]) - doses[0]
-    signs = random_signs(n_shuffled, len(differences), seed=seed)
+    signs = random_signs(n_random, len(differences), seed=seed)
     flipped = [split_half_cosines(row[:, None] * differences, method=method, seed=seed).mean() for row in signs]
     return Measured(
         site=site,

