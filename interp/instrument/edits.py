@@ -176,22 +176,22 @@ def patch_from(site: str | Site, donor: Tensor, **where: Any) -> Edit:
 
 @runtime_checkable
 class Features(Protocol):
-    """What `clamp_feature` needs of a dictionary: encode, and rows of W_dec as features."""
+    """What `clamp_feature` needs of a dictionary: codes, and one row per feature in the units of the activation."""
 
     @property
-    def W_dec(self) -> Tensor: ...
+    def features(self) -> Tensor: ...
     def encode(self, x: Tensor) -> Any: ...
 
 
 def clamp_feature(site: str | Site, dictionary: Features, feature: int, value: float, **where: Any) -> Edit:
-    """Move one latent of a dictionary to `value`, leaving its reconstruction error: x + (value - f) W_dec[feature]."""
-    width = dictionary.W_dec.shape[0]
+    """Move one latent of a dictionary to `value`, leaving its reconstruction error: x + (value - f) features[feature]."""
+    width = dictionary.features.shape[0]
     if not 0 <= feature < width:
         raise InterpError(f"feature {feature} is outside the dictionary, which has features 0 to {width - 1}")
 
     def function(x: Tensor, _: Context) -> Tensor:
         current = dictionary.encode(x.flatten(0, -2)).dense()[:, feature].view(x.shape[:-1])
-        return x + (value - current)[..., None].to(x) * dictionary.W_dec[feature].to(x)
+        return x + (value - current)[..., None].to(x) * dictionary.features[feature].to(x)
 
     return Edit(site, function, label="clamp_feature", **where)
 

@@ -206,7 +206,7 @@ def test_resample_takes_rows_of_the_pool_and_is_seeded(model: LoadedModel) -> No
 def test_clamp_feature_moves_one_latent_and_keeps_the_error(model: LoadedModel) -> None:
     d = model.dims.d_model or 0
     basis = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(5)))[0]
-    dictionary = SimpleNamespace(W_dec=basis, encode=lambda x: SimpleNamespace(dense=lambda: x @ basis.T))
+    dictionary = SimpleNamespace(features=basis, encode=lambda x: SimpleNamespace(dense=lambda: x @ basis.T))
     x = plain(model, "resid_post.1")
     out = run(model, [clamp_feature("resid_post.1", dictionary, 3, 7.0)], "resid_post.1")
     codes, before = out @ basis.T, x @ basis.T
