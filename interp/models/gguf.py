@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -63,8 +63,11 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def _check_magic(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(4)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise ArtefactError(f"could not read {path}: {error.strerror or error}") from error
     if start != b"GGUF":
         raise ArtefactError(f"{path} is not a GGUF file: it starts with {start!r}, not b'GGUF'")
 
@@ -109,8 +112,9 @@ def _rename(draft: Path, folder: Path) -> None:
 def _sweep(parent: Path) -> None:
     """Remove drafts that a killed process left behind."""
     for path in parent.glob(".*"):
-        if path.is_dir() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # another process may be removing it just now
+            if path.is_dir() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _join(files: Sequence[Path], target: Path) -> Path:

@@ -1,5 +1,6 @@
 """Bundled models: commands, missing packages, the cache: by content, whole or not at all, two processes at once."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -136,6 +137,17 @@ def test_the_cache_is_keyed_by_content(cache: Path, tmp_path: Path) -> None:
     assert (first / "model.safetensors").stat().st_mtime_ns == written
     assert gguf.converted([write_tiny_gguf(path, seed=1)], "tiny") != first
     assert all(not p.name.startswith(".") for p in cache.iterdir())
+
+
+@GGUF_PACKAGES
+def test_what_a_killed_process_left_is_removed_but_not_what_is_being_written(cache: Path, tmp_path: Path) -> None:
+    old, new = cache / ".tiny-1.dead", cache / ".tiny-2.alive"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    gguf.converted([write_tiny_gguf(tmp_path / "tiny.gguf")], "tiny")
+    assert not old.exists() and new.exists()
 
 
 @GGUF_PACKAGES
