@@ -35,8 +35,8 @@ def one_by_one(model: LoadedModel, pairs: PromptPairs, sites: Sequence[tuple[int
 def in_a_wave(model: LoadedModel, pairs: PromptPairs) -> dict[tuple[int, int], Float[Tensor, " vocab"]]:
     """The same for every (layer, position) of resid_post at once."""
     row = pairs.take([0])
-    runs = make_runs(model, row.corrupt.ids, row.clean.ids, ("resid_post",), row.first_difference)
-    patches = all_patches(model, row, ("resid_post",), 0)
+    runs = make_runs(model, row.corrupt.ids, row.clean.ids, ("resid_post",))
+    patches = all_patches(model, row.n_pos, ("resid_post",), 1)
     found = {(patch.layer, patch.index): runs.base.logits[0, -1] for patch in patches}
     for wave, logits in patched_logits(model, runs, patches, "patching"):
         found |= {(patch.layer, patch.index): value for patch, value in zip(wave, logits, strict=True)}
@@ -45,7 +45,7 @@ def in_a_wave(model: LoadedModel, pairs: PromptPairs) -> dict[tuple[int, int], F
 
 def all_sites(model: LoadedModel, pairs: PromptPairs) -> list[tuple[int, int]]:
     """Every (layer, position), in order."""
-    return [(patch.layer, patch.index) for patch in all_patches(model, pairs, ("resid_post",), 0)]
+    return [(patch.layer, patch.index) for patch in all_patches(model, pairs.n_pos, ("resid_post",), 1)]
 
 
 def bench_systems(model: LoadedModel) -> dict[str, Callable[[], object]]:

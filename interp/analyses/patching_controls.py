@@ -42,7 +42,7 @@ def controls(model: LoadedModel, pairs: PromptPairs, ends: Endpoints, denoise: E
 def _identity(model: LoadedModel, pairs: PromptPairs, ends: Endpoints) -> Control:
     """Every position of the stream after the middle block from the clean run."""
     layer = model.n_layers // 2
-    runs = make_runs(model, pairs.corrupt.ids, pairs.clean.ids, (), pairs.first_difference)
+    runs = make_runs(model, pairs.corrupt.ids, pairs.clean.ids, ())
     rows = torch.arange(len(pairs))
     resid = runs.donor.base[f"resid_post.{layer}"]
     for later in range(layer + 1, model.n_layers):
@@ -76,7 +76,7 @@ def _answers(denoise: Effects, kind: str, layer: int, index: int) -> Control:
 def _donor(model: LoadedModel, pairs: PromptPairs, ends: Endpoints, denoise: Effects, at: Patch) -> Control:
     """The same site taken from another pair's clean run."""
     partner = unrelated(pairs)
-    runs = make_runs(model, pairs.corrupt.ids, pairs.clean.ids[partner], (at.kind,), 0)
+    runs = make_runs(model, pairs.corrupt.ids, pairs.clean.ids[partner], (at.kind,))
     patches = [Patch(at.kind, at.layer, at.index, row) for row in range(len(pairs))]
     moved = torch.zeros(len(pairs))
     for wave, logits in patched_logits(model, runs, patches, "patching: unrelated donor"):

@@ -121,12 +121,12 @@ def measure(
     denoise = direction is Direction.DENOISE
     base, donor = (ends.corrupt, ends.clean) if denoise else (ends.clean, ends.corrupt)
     first, second = (pairs.corrupt, pairs.clean) if denoise else (pairs.clean, pairs.corrupt)
-    runs = make_runs(model, first.ids, second.ids, kinds, pairs.first_difference)
+    runs = make_runs(model, first.ids, second.ids, kinds)
     shape = {
         k: (len(pairs), model.n_layers, (model.dims.n_heads or 0) if k in HEAD_KINDS else pairs.n_pos) for k in kinds
     }
     found = {k: {m: np.zeros(shape[k]) for m in (*METRIC_NAMES, OTHER)} for k in kinds}
-    patches = [patch for row in range(len(pairs)) for patch in all_patches(model, pairs, kinds, row)]
+    patches = all_patches(model, pairs.n_pos, kinds, len(pairs))
     gap = float((donor.logit_diff - base.logit_diff).mean())
     gap_prob = float((donor.prob - base.prob).mean())
     kl_base = _kl(donor.log_probs, base.log_probs)

@@ -51,22 +51,36 @@ class BlockRunner:
         *,
         start: int = 0,
         sites: Sequence[str] = ("resid_pre.*", "resid_post.*"),
+        prefix: Any = None,
     ) -> None:
+        """prefix: a key-value cache of these prompts that holds at least `start` positions; computed if not given."""
+        if not model.is_transformers:
+            raise InterpError(
+                f"{model.source} is not a transformers causal language model; its blocks cannot be run alone"
+            )
         if not 0 <= start < tokens.shape[1]:
             raise InterpError(f"start={start} is outside the prompt, which has positions 0 to {tokens.shape[1] - 1}")
         self.model, self.start, self.n_prompts = model, start, tokens.shape[0]
-        self.layers = model.layers
+        self.layers, self._tokens = model.layers, tokens
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {})] * len(self.layers)
-        self._prefix = self._run_prefix(tokens[:, :start]) if start else None
+        self._prefix = self._run_prefix(tokens[:, :start], prefix) if start else None
         self.base: Activations = self._run_base(tokens[:, start:], sites)
         """Activations of the base run at `sites`, positions from `start` on."""
 
-    def _run_prefix(self, tokens: Tensor) -> Any:
+    def later(self, start: int) -> BlockRunner:
+        """The same prompts with more positions taken as given, whose keys and values this run has computed."""
+        if start == self.start:
+            return self
+        return BlockRunner(self.model, self._tokens, start=start, sites=("resid_pre.0",), prefix=self._cache)
+
+    def _run_prefix(self, tokens: Tensor, known: Any) -> Any:
+        if known is not None and all(type(layer).__name__ == "DynamicLayer" for layer in known.layers):
+            return _cut(known, tokens.shape[1])  # other kinds, such as sliding windows, may have dropped positions
         with torch.no_grad():
             return cast(Any, self.model.module)(input_ids=tokens.to(self.model.device), use_cache=True).past_key_values
 
     def _run_base(self, tokens: Tensor, sites: Sequence[str]) -> Activations:
-        cache = None if self._prefix is None else _fresh(self._prefix)
+        self._cache = None if self._prefix is None else _cut(self._prefix)
         handles = [
             layer.register_forward_pre_hook(
                 lambda _m, args, kwargs, i=i: self._calls.__setitem__(i, (args[1:], kwargs)), with_kwargs=True
@@ -75,13 +89,13 @@ class BlockRunner:
         ]
         try:
             with torch.no_grad(), capture(self.model, sites, stop=False) as acts:
-                kwargs = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
-                self.logits: Float[Tensor, "batch pos vocab"] = cast(Any, self.model.module)(
-                    input_ids=tokens.to(self.model.device), **kwargs
-                ).logits
+                past = {} if self._cache is None else {"past_key_values": self._cache}
+                out = cast(Any, self.model.module)(input_ids=tokens.to(self.model.device), use_cache=True, **past)
         finally:
             for handle in handles:
                 handle.remove()
+        self.logits: Float[Tensor, "batch pos vocab"] = out.logits
+        self._cache = out.past_key_values
         return acts
 
     def block(
@@ -117,8 +131,10 @@ class BlockRunner:
         return self.model.module.get_submodule(self.model.table.reach(Site(part)).path)
 
 
-def _fresh(cache: Any) -> Any:
-    """A copy of a cache that can be extended without touching the original's tensors."""
+def _cut(cache: Any, n_pos: int | None = None) -> Any:
+    """A cache of the first positions (of all, if not said) that can be extended without touching the original."""
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in made.layers if n_pos is not None else ():
+        layer.keys, layer.values = layer.keys[:, :, :n_pos], layer.values[:, :, :n_pos]
     return made

@@ -43,3 +43,19 @@ def test_a_start_outside_the_prompt_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(InterpError, match="positions 0 to 4"):
         BlockRunner(model, torch.zeros(1, 5, dtype=torch.long), start=5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_later_start_shares_the_run(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.randint(200, (3, 12), generator=torch.Generator().manual_seed(1))
+    first = BlockRunner(model, ids, start=2)
+    for start in (2, 5, 11):
+        later = first.later(start)
+        assert later.start == start
+        rows = torch.tensor([1, 1, 2, 0])
+        resid = first.base["resid_pre.0"][rows][:, start - 2 :]
+        for layer in range(model.n_layers):
+            resid = later.block(layer, resid, rows)
+        torch.testing.assert_close(later.head(resid), model(ids)[rows, start:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(first.logits, model(ids)[:, 2:], atol=1e-4, rtol=1e-4)
