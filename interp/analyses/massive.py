@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,24 +23,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.core.controls import bootstrap_interval, rank_test
+from interp.analyses.massive_scan import Place, Spot, chunks, largest, scan
+from interp.analyses.massive_views import (
+    ELSEWHERE,
+    MEAN,
+    ORDINARY,
+    PANELS,
+    UNTOUCHED,
+    ZEROED,
+    Loss,
+    control_rows,
+    layer_table,
+    loss_table,
+    only,
+    ordinary_changes,
+    spot_table,
+    summary_table,
+)  # fmt: skip
 from interp.core.errors import InterpError
 from interp.core.manifest import Manifest
 from interp.core.progress import track
-from interp.core.result import Control, LabelledTensor, Panel, Result
+from interp.core.result import LabelledTensor, Result
 from interp.core.seed import torch_generator
-from interp.core.sites import Part, Site
 from interp.core.spec import Spec, Tolerance
 from interp.instrument.capture import capture
 from interp.instrument.edits import Edit, edited, set_to, zero
 from interp.instrument.tokens import TokenRecord
 from interp.models.model import LoadedModel
 from interp.tasks.corpora import load_corpus
-
-ROWS = 8
-"""Sequences per forward: bounds memory, and changes no number beyond rounding."""
-TOP = 3
-"""Places kept per layer and sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,80 +101,17 @@ def run(model: LoadedModel, data: MassiveData, cfg: MassiveConfig) -> Result:
         raise InterpError(f"n_draws={cfg.n_draws}, ratio={cfg.ratio}, floor={cfg.floor} must be positive")
     if data.text.hash == data.calibration.hash:
         raise InterpError("the calibration text is the scored text; take another corpus or skip further")
-    places = scan(model, data.text, cfg)
-    place = largest(places)
+    spots = scan(model, data.text, cfg.ratio, cfg.floor)
+    place = largest(spots)
     trace = _trace(model, data.text, place)
-    losses = _interventions(model, data, place, _other_dims(model, places, place, cfg))
-    return _result(model, data, cfg, places, trace, losses, time.perf_counter() - started)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the largest activation first stands."""
-
-    site: Site
-    pos: int
-    dim: int
-    value: float
-    """Mean over sequences, signed."""
-    ratio: float
-    """Largest magnitude over the median of its layer and sequence."""
-    massive: bool
-    share: float
-    """Share of sequences whose largest activation of that layer is at this position and dim."""
-
-
-def scan(model: LoadedModel, text: TokenRecord, cfg: MassiveConfig) -> pd.DataFrame:
-    """The largest places of every layer and sequence: layer, sequence, rank, pos, token, dim, value, median, ratio."""
-    rows: list[tuple[object, ...]] = []
-    for start, chunk in _chunks(text, "scanning the layers"):
-        with capture(model, "resid_post.*") as acts:
-            model(chunk)
-        for site, value in acts.items():
-            real = value.float().masked_fill(~chunk.mask[..., None].to(value.device), float("nan"))
-            for row, h in enumerate(real):
-                median = float(h.abs().nanmedian())
-                magnitude, index = torch.nan_to_num(h.abs().flatten(), nan=-1.0).topk(TOP)
-                for rank, (size, flat) in enumerate(zip(magnitude.tolist(), index.tolist(), strict=True), 1):
-                    pos, dim = divmod(flat, h.shape[1])
-                    ratio = size / median if median > 0 else float("inf")
-                    massive = size > cfg.floor and ratio >= cfg.ratio
-                    token = chunk.strings[row][pos]
-                    rows.append(
-                        (site.layer, start + row, rank, pos, token, dim, float(h[pos, dim]), median, ratio, massive)
-                    )
-    names = ["layer", "sequence", "rank", "pos", "token", "dim", "value", "median", "ratio", "massive"]
-    return pd.DataFrame(rows, columns=names)
-
-
-def largest(places: pd.DataFrame) -> Place:
-    """The place of the largest activation, at the first layer where it has half of its greatest size."""
-    first = places[places["rank"] == 1]
-    peak = first.loc[first["value"].abs().idxmax()]
-    same = first[(first["pos"] == peak["pos"]) & (first["dim"] == peak["dim"])]
-    sizes = same.assign(size=same["value"].abs()).groupby("layer")["size"].mean()
-    layer = int(sizes.index[np.asarray(sizes >= 0.5 * sizes.max())].min())
-    there, every = same[same["layer"] == layer], first[first["layer"] == layer]
-    return Place(
-        site=Site(Part.RESID_POST, layer),
-        pos=int(peak["pos"]),
-        dim=int(peak["dim"]),
-        value=float(there["value"].mean()),
-        ratio=float(there["ratio"].max()),
-        massive=bool(there["massive"].any()),
-        share=len(there) / len(every),
-    )
-
-
-def _chunks(text: TokenRecord, label: str) -> Iterator[tuple[int, TokenRecord]]:
-    for start in track(range(0, len(text), ROWS), label):
-        yield start, text.rows(slice(start, start + ROWS))
+    losses = _interventions(model, data, place, _ordinary_dims(model, spots, place, cfg))
+    return _result(model, data, cfg, spots, trace, losses, time.perf_counter() - started)
 
 
 def _trace(model: LoadedModel, text: TokenRecord, place: Place) -> pd.DataFrame:
     """The value at the place, layer by layer: mean and range over sequences."""
     found: list[Tensor] = []
-    for _, chunk in _chunks(text, "following it through the layers"):
+    for _, chunk in chunks(text, "following it through the layers"):
         with capture(model, "resid_post.*", positions=place.pos) as acts:
             model(chunk)
         found.append(acts.stack("resid_post.*")[:, :, 0, place.dim].cpu())
@@ -179,10 +126,9 @@ def _trace(model: LoadedModel, text: TokenRecord, place: Place) -> pd.DataFrame:
     )
 
 
-def _other_dims(model: LoadedModel, places: pd.DataFrame, place: Place, cfg: MassiveConfig) -> list[int]:
+def _ordinary_dims(model: LoadedModel, spots: Sequence[Spot], place: Place, cfg: MassiveConfig) -> list[int]:
     """Dims that are among the largest nowhere."""
-    assert model.dims.d_model is not None
-    ordinary = sorted(set(range(model.dims.d_model)) - set(places["dim"]))
+    ordinary = sorted(set(range(model.weight("W_E").shape[1])) - {spot.dim for spot in spots})
     generator = torch_generator(cfg.seed, "massive", str(place.site))
     order = torch.randperm(len(ordinary), generator=generator)[: cfg.n_draws].tolist()
     if not order:
@@ -190,10 +136,10 @@ def _other_dims(model: LoadedModel, places: pd.DataFrame, place: Place, cfg: Mas
     return [ordinary[i] for i in order]
 
 
-def losses_of(model: LoadedModel, text: TokenRecord, edit: Edit | None, label: str) -> Float[Tensor, " sequence"]:
+def losses_of(model: LoadedModel, text: TokenRecord, edit: Edit | None) -> Float[Tensor, " sequence"]:
     """Mean next-token cross-entropy of each sequence, in nats, under an edit."""
     found: list[Tensor] = []
-    for _, chunk in _chunks(text, label):
+    for _, chunk in chunks(text):
         if edit is None:
             logits = model(chunk)
         else:
@@ -205,49 +151,33 @@ def losses_of(model: LoadedModel, text: TokenRecord, edit: Edit | None, label: s
     return torch.cat(found)
 
 
-def _interventions(model: LoadedModel, data: MassiveData, place: Place, dims: Sequence[int]) -> pd.DataFrame:
-    """Loss of every sequence under every intervention: kind, dim, pos, sequence, loss."""
+def _interventions(model: LoadedModel, data: MassiveData, place: Place, dims: Sequence[int]) -> list[Loss]:
+    """Loss of every sequence under every intervention."""
     site, pos, dim = place.site, place.pos, place.dim
     with capture(model, site, positions=pos) as acts:
         model(data.calibration)
     average = float(acts[site][:, 0, dim].float().mean())
-    elsewhere = data.text.ids.shape[1] // 2 if pos != data.text.ids.shape[1] // 2 else 0
+    middle = data.text.ids.shape[1] // 2
+    elsewhere = middle if middle != pos else 0
     plan: list[tuple[str, int, int, Edit | None]] = [
-        ("untouched", dim, pos, None),
-        ("set to zero", dim, pos, zero(site, at=pos, dims=dim)),
-        ("set to its mean over other text", dim, pos, set_to(site, average, at=pos, dims=dim)),
-        ("same dim zeroed at another position", dim, elsewhere, zero(site, at=elsewhere, dims=dim)),
+        (UNTOUCHED, dim, pos, None),
+        (ZEROED, dim, pos, zero(site, at=pos, dims=dim)),
+        (MEAN, dim, pos, set_to(site, average, at=pos, dims=dim)),
+        (ELSEWHERE, dim, elsewhere, zero(site, at=elsewhere, dims=dim)),
+        *((ORDINARY, d, pos, zero(site, at=pos, dims=d)) for d in dims),
     ]
-    plan += [("ordinary dim zeroed at the same place", d, pos, zero(site, at=pos, dims=d)) for d in dims]
-    tables: list[pd.DataFrame] = []
-    for kind, d, p, edit in plan:
-        loss = losses_of(model, data.text, edit, f"massive: {kind}")
-        columns = {"kind": kind, "dim": d, "pos": p, "sequence": range(len(loss)), "loss": loss.tolist()}
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _summary(losses: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """One row per intervention, with a bootstrap interval over sequences."""
-    rows: list[dict[str, object]] = []
-    for (kind, dim, pos), group in losses.groupby(["kind", "dim", "pos"], sort=False):  # pyright: ignore[reportAssignmentType]
-        interval = bootstrap_interval(group["loss"].to_numpy(), seed=seed)
-        place = f"{kind} (dim {dim}, position {pos})"
-        estimate = {"loss": interval.estimate, "low": interval.low, "high": interval.high}
-        rows.append({"intervention": place, "kind": kind, "dim": dim, "pos": pos, **estimate})
-    return pd.DataFrame(rows)
+    return [
+        Loss(kind=kind, dim=d, pos=p, values=tuple(losses_of(model, data.text, edit).tolist()))
+        for kind, d, p, edit in track(plan, "massive: interventions")
+    ]
 
 
 def _result(
-    model: LoadedModel, data: MassiveData, cfg: MassiveConfig, places: pd.DataFrame, trace: pd.DataFrame,
-    losses: pd.DataFrame, seconds: float,
+    model: LoadedModel, data: MassiveData, cfg: MassiveConfig, spots: Sequence[Spot], trace: pd.DataFrame,
+    losses: Sequence[Loss], seconds: float,
 ) -> Result:  # fmt: skip
-    place = largest(places)
-    summary = _summary(losses, cfg.seed)
-    loss = {str(kind): float(group["loss"].iloc[0]) for kind, group in summary.groupby("kind")}
-    ordinary = summary.loc[summary["kind"] == "ordinary dim zeroed at the same place", "loss"].to_numpy()
-    base = loss["untouched"]
-    worst = float(ordinary[np.abs(ordinary - base).argmax()])
+    place, base = largest(spots), only(losses, UNTOUCHED)
+    changes = ordinary_changes(losses)
     return Result(
         headline={
             "site": str(place.site),
@@ -257,13 +187,19 @@ def _result(
             "ratio": place.ratio,
             "share_of_sequences": place.share,
             "loss_base": base,
-            "loss_zeroed": loss["set to zero"],
-            "loss_mean": loss["set to its mean over other text"],
-            "loss_control": worst,
+            "loss_zeroed": only(losses, ZEROED),
+            "loss_mean": only(losses, MEAN),
+            "loss_control": base + float(changes[np.abs(changes).argmax()]),
         },
-        tables={"places": places, "layers": _layers(places), "trace": trace, "losses": losses, "summary": summary},
+        tables={
+            "spots": spot_table(spots),
+            "layers": layer_table(spots, model.n_layers),
+            "trace": trace,
+            "losses": loss_table(losses),
+            "summary": summary_table(losses, cfg.seed),
+        },
         panels=PANELS,
-        controls=_controls(loss, ordinary, place),
+        controls=control_rows(losses, place.share),
         manifest=Manifest(
             method="massive",
             model=model.record(),
@@ -284,55 +220,6 @@ def _result(
     )
 
 
-def _layers(places: pd.DataFrame) -> pd.DataFrame:
-    """For every layer the largest magnitudes and the median, averaged over sequences; tidy for one line each."""
-    sized = places.assign(size=places["value"].abs())
-    tables = [
-        sized[sized["rank"] == rank].groupby("layer")["size"].mean().rename("magnitude").reset_index().assign(of=name)
-        for rank, name in ((1, "largest"), (2, "second"), (TOP, "third"))
-    ]
-    median = sized.groupby("layer")["median"].mean().rename("magnitude").reset_index().assign(of="median")
-    return pd.concat([*tables, median], ignore_index=True)
-
-
-def _controls(loss: dict[str, float], ordinary: np.ndarray, place: Place) -> tuple[Control, ...]:
-    base, zeroed = loss["untouched"], abs(loss["set to zero"] - loss["untouched"])
-    shift = abs(loss["set to its mean over other text"] - base)
-    elsewhere = abs(loss["same dim zeroed at another position"] - base)
-    changes = np.abs(ordinary - base)
-    return (
-        Control(
-            name=f"{len(changes)} ordinary dims zeroed at the same place, one at a time",
-            statistic="change of the loss (nats); the control is the largest of them",
-            observed=zeroed,
-            control=float(changes.max()),
-            p_value=rank_test(zeroed, changes),
-            passed=bool(zeroed > changes.max()),
-        ),
-        Control(
-            name="the same dim zeroed at another position",
-            statistic="change of the loss (nats)",
-            observed=zeroed,
-            control=elsewhere,
-            passed=zeroed > elsewhere,
-        ),
-        Control(
-            name="its mean over other text in its place (a constant would do)",
-            statistic="change of the loss (nats), zeroed against replaced; passes below a tenth",
-            observed=zeroed,
-            control=shift,
-            passed=shift < 0.1 * zeroed,
-        ),
-        Control(
-            name="other inputs",
-            statistic="share of sequences with their largest activation at this place; passes at 0.9",
-            observed=place.share,
-            control=0.9,
-            passed=place.share >= 0.9,
-        ),
-    )
-
-
 def _notes(place: Place, cfg: MassiveConfig, data: MassiveData) -> tuple[str, ...]:
     notes = [f"{len(data.text)} sequences of {data.text.ids.shape[1]} tokens; nothing was prepended to them"]
     if not place.massive:
@@ -347,29 +234,6 @@ METRICS = {
     "loss": "v1: mean next-token cross-entropy in nats over the sequences, each the mean of its own tokens",
     "ratio": "v1: |h| over the median |h| of the same layer and sequence, all tokens and dims",
 }
-
-PANELS = (
-    Panel(
-        title="Size of the residual stream's largest coordinates",
-        kind="line", table="layers", x="layer", y="magnitude", group="of", log_y=True,
-        x_label="layer", y_label="|h|, mean over sequences",
-        reading="A line far above the others is one coordinate that dwarfs the rest; the median is the ordinary size.",
-    ),
-    Panel(
-        title="The largest activation through the layers",
-        kind="line", table="trace", x="layer", y="mean", low="low", high="high",
-        x_label="layer", y_label="value (band: range over sequences)",
-        reading="Where it jumps up a layer writes it, where it falls one erases it; a thin band means that the input "
-        "hardly matters.",
-    ),
-    Panel(
-        title="What the model loses without it",
-        kind="bar", table="summary", x="intervention", y="loss", low="low", high="high",
-        y_label="loss, nats per token (95 % interval over sequences)",
-        reading="Zeroing it should cost far more than zeroing ordinary dims at the same place; its mean over other text "
-        "should cost almost nothing.",
-    ),
-)  # fmt: skip
 
 
 def example(model: LoadedModel) -> tuple[MassiveData, MassiveConfig]:
