@@ -129,6 +129,9 @@ class Site:
             return self.path
         return self.part.value if self.layer is None else f"{self.part.value}.{self.layer}"
 
+    def __repr__(self) -> str:
+        return f"Site({self})"
+
     @property
     def info(self) -> PartInfo:
         return PARTS[self.part]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -66,8 +66,8 @@ class EditReceipt:
     n_calls: int = 0
     n_tokens: int = 0
     """Token positions touched, over all rows and calls."""
-    _change: Tensor | None = None
-    _norm: Tensor | None = None
+    _change: Tensor | None = field(default=None, repr=False)
+    _norm: Tensor | None = field(default=None, repr=False)
 
     @property
     def fired(self) -> bool:
@@ -80,6 +80,9 @@ class EditReceipt:
             return 0.0
         change, norm = float(self._change.sqrt()), float(self._norm.sqrt())
         return change / norm if norm > 0 else (0.0 if change == 0 else float("inf"))
+
+    def __str__(self) -> str:
+        return f"{self.label} at {self.site}: {self.n_tokens} tokens in {self.n_calls} calls, moved by {self.moved:.3g}"
 
     def note(self, old: Tensor, new: Tensor, n_tokens: int) -> None:
         wide = torch.promote_types(old.dtype, torch.float32)

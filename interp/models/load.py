@@ -199,17 +199,17 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def quiet(*, progress: bool = False) -> Generator[None]:
     """Keep transformers from printing inside the block; its settings are put back afterwards."""
-    from transformers.utils import logging as hf_logging
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging as hf_logging
 
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.ERROR)
-    if not progress:
-        hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity(logging.ERROR)
+        if not progress:
+            hf_logging.disable_progress_bar()
+        try:
             yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
+        finally:
+            hf_logging.set_verbosity(level)
+            if bars:
+                hf_logging.enable_progress_bar()
