@@ -30,7 +30,8 @@ MAX_FACETS = 12
 LABEL_CHARS = 28
 """Longer tick labels are cut; the hover text and the table keep them whole."""
 
-CONTROL = re.compile(r"\b(controls?|random|shuffled?|permuted|ordinary|baseline|null|untouched|pca)\b", re.IGNORECASE)
+_CONTROLS = "controls?|random|shuffled?|permuted|ordinary|baseline|null|untouched|pca|ablation"
+CONTROL = re.compile(rf"\b({_CONTROLS})\b", re.IGNORECASE)
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 

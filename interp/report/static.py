@@ -18,7 +18,7 @@ from interp.report.prepare import Axis, Drawing, Facet, prepare, shorten
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "interp",
@@ -114,6 +114,7 @@ def _draw_series(drawing: Drawing, picture: Figure, axes: list[Any]) -> None:
             _label_cells(place.xaxis, drawing.x, vertical=False)
         if drawing.panel.log_y:
             place.set_yscale("log")
+            place.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _name(place, drawing, facet)
     _outer_labels(drawing, picture, axes)
     named = {shorten(name): handle for name, handle in list(handles.items())[:12] if name}
