@@ -48,14 +48,17 @@ def estimates(
         with edited(model, set_to(embed, at)), capture(model, sites, grad=True) as acts:
             logits = model(base.ids)[:, -1]
             difference = logits.gather(1, answers.to(logits.device))
-            (difference[:, 0] - difference[:, 1]).sum().backward()
+            total = (difference[:, 0] - difference[:, 1]).sum()
+            # Into the activations alone: the weights' own gradients stay as they were, also after an exception.
+            torch.autograd.backward(
+                total, inputs=[raw for site in sites if (raw := acts.records[site][-1].raw) is not None]
+            )
         for grad, site in zip(grads, sites, strict=True):
             grad += acts.grad(site) / len(points)
     found: dict[Site, Tensor] = {}
     for grad, site in zip(grads, sites, strict=True):
         product = (values["donor"][site] - values["base"][site]) * grad
         found[site] = product.sum(dim=(1, 3)) if site.part.value in HEAD_KINDS else product.sum(dim=2)
-    model.module.zero_grad(set_to_none=True)
     return found
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.analyses.patching_wave import HEAD_KINDS, all_patches, make_runs, patched_logits
-from interp.core.seed import torch_generator
+from interp.core.seed import numpy_generator, torch_generator
 from interp.models.model import LoadedModel
 from interp.tasks.base import PromptPairs
 
@@ -67,6 +67,12 @@ class Endpoints:
     @property
     def corrupt_mean(self) -> float:
         return float(self.corrupt.logit_diff.mean())
+
+    def shares(self, direction: Direction, metric: str) -> Float[np.ndarray, " pair"]:
+        """Each pair's gap between donor and base over the mean gap: what its effects are fractions of."""
+        base, donor = (self.corrupt, self.clean) if direction is Direction.DENOISE else (self.clean, self.corrupt)
+        gap = kl(donor.log_probs, base.log_probs) if metric == "kl" else getattr(donor, metric) - getattr(base, metric)
+        return (gap / (float(gap.mean()) or 1.0)).double().cpu().numpy()
 
     @property
     def accuracy(self) -> float:
@@ -129,14 +135,14 @@ def measure(
     patches = all_patches(model, pairs.n_pos, kinds, len(pairs))
     gap = float((donor.logit_diff - base.logit_diff).mean())
     gap_prob = float((donor.prob - base.prob).mean())
-    kl_base = _kl(donor.log_probs, base.log_probs)
+    kl_base = kl(donor.log_probs, base.log_probs)
     for wave, logits in patched_logits(model, runs, patches, f"patching: {direction.value}"):
         rows = torch.tensor([patch.prompt for patch in wave])
         now = Scores.of(logits, pairs.answers[rows], ends.other[rows])
         moved = {
             "logit_diff": (now.logit_diff - base.logit_diff[rows]) / gap,
             "prob": (now.prob - base.prob[rows]) / (gap_prob or 1.0),
-            "kl": (kl_base[rows] - _kl(donor.log_probs[rows], now.log_probs)) / (float(kl_base.mean()) or 1.0),
+            "kl": (kl_base[rows] - kl(donor.log_probs[rows], now.log_probs)) / (float(kl_base.mean()) or 1.0),
             OTHER: (now.other_answers - base.other_answers[rows]) / gap,
         }
         for metric, values in moved.items():
@@ -145,6 +151,28 @@ def measure(
     return found
 
 
-def _kl(p: Tensor, q: Tensor) -> Float[Tensor, " pair"]:
+def kl(p: Tensor, q: Tensor) -> Float[Tensor, " pair"]:
     """KL(p || q) of log-probabilities, nats."""
     return (p.exp() * (p - q)).sum(-1)
+
+
+N_RESAMPLES = 2000
+"""Bootstrap draws of the pairs."""
+
+
+def intervals(
+    values: Float[np.ndarray, "pair layer index"], shares: Float[np.ndarray, " pair"], seed: int = 0
+) -> tuple[Float[np.ndarray, "layer index"], Float[np.ndarray, "layer index"]]:
+    """95 % percentile interval of every effect, all from the same resampled pairs; nan for a single pair.
+
+    The gap is resampled with the effects, since both ends of the ratio vary over prompts.
+    """
+    n = len(values)
+    if n < 2:
+        nothing = np.full(values.shape[1:], np.nan)
+        return nothing, nothing
+    drawn = numpy_generator(seed, "patching").multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES) / n
+    gap = drawn @ shares
+    drawn, gap = drawn[gap > 0], gap[gap > 0, None]  # a resample without a gap has no effects to speak of
+    ends = [np.quantile(drawn @ values[:, layer] / gap, (0.025, 0.975), axis=0) for layer in range(values.shape[1])]
+    return np.stack([low for low, _ in ends]), np.stack([high for _, high in ends])
