@@ -1,7 +1,8 @@
 """Prompt pairs: a clean and a corrupted prompt that line up token by token, with the answers that tell them apart.
 
 A task writes `Draft`s; `align` turns them into `PromptPairs` for one tokenizer. What cannot be aligned (unequal
-lengths, an answer that is not one token) is dropped and counted, never padded.
+lengths, an answer that is not one token) is dropped and counted, never padded. Prompts begin with the start token where
+the model's tokenizer adds one, and a note says so: without it such a model (Gemma) cannot do the task.
 """
 
 from __future__ import annotations
@@ -93,14 +94,23 @@ def answer_token(model: LoadedModel, text: str) -> int | None:
     return int(ids[0]) if len(ids) == 1 else None
 
 
+def adds_start(model: LoadedModel) -> bool:
+    """Whether the tokenizer by itself puts a start token before a text, and nothing after it."""
+    tokenizer = model.tokenizer
+    bos = getattr(tokenizer, "bos_token_id", None)
+    plain = [] if bos is None else tokenizer("a", add_special_tokens=False).input_ids
+    return bos is not None and list(tokenizer("a").input_ids) == [bos, *plain]
+
+
 def align(model: LoadedModel, drafts: Sequence[Draft]) -> PromptPairs:
     """Pairs of the most common length whose answers are one token each; the rest is dropped and counted."""
     if not drafts:
         raise InterpError("no prompt pairs were given")
     kept: list[tuple[Draft, int, int, int]] = []
     reasons: Counter[str] = Counter()
+    start = adds_start(model)
     for draft in drafts:
-        lengths = [tokenize(model, [text]).ids.shape[1] for text in (draft.clean, draft.corrupt)]
+        lengths = [tokenize(model, [t], add_special=start).ids.shape[1] for t in (draft.clean, draft.corrupt)]
         right, wrong = answer_token(model, draft.right), answer_token(model, draft.wrong)
         if lengths[0] != lengths[1]:
             reasons[f"{lengths[0]} tokens against {lengths[1]}, e.g. {draft.clean!r} and {draft.corrupt!r}"] += 1
@@ -115,12 +125,14 @@ def align(model: LoadedModel, drafts: Sequence[Draft]) -> PromptPairs:
     same = [item for item in kept if item[1] == length]
     if len(same) < len(kept):
         reasons[f"another length than {length} tokens"] += len(kept) - len(same)
-    return _pairs(model, same, reasons)
+    return _pairs(model, same, reasons, start)
 
 
-def _pairs(model: LoadedModel, kept: list[tuple[Draft, int, int, int]], reasons: Counter[str]) -> PromptPairs:
-    clean = tokenize(model, [item[0].clean for item in kept])
-    corrupt = tokenize(model, [item[0].corrupt for item in kept])
+def _pairs(
+    model: LoadedModel, kept: list[tuple[Draft, int, int, int]], reasons: Counter[str], start: bool
+) -> PromptPairs:
+    clean = tokenize(model, [item[0].clean for item in kept], add_special=start)
+    corrupt = tokenize(model, [item[0].corrupt for item in kept], add_special=start)
     n_dropped = sum(reasons.values())
     roles = {
         name: torch.tensor([_position(clean, row, item[0].roles[name]) for row, item in enumerate(kept)])
@@ -132,7 +144,10 @@ def _pairs(model: LoadedModel, kept: list[tuple[Draft, int, int, int]], reasons:
         answers=torch.tensor([[item[2], item[3]] for item in kept]),
         roles=roles | {"END": torch.full((len(kept),), clean.ids.shape[1] - 1)},
         n_dropped=n_dropped,
-        notes=tuple(f"{count} of {len(kept) + n_dropped} pairs dropped: {why}" for why, count in reasons.items()),
+        notes=(
+            *(("the prompts begin with the start token that this model's tokenizer adds",) if start else ()),
+            *(f"{count} of {len(kept) + n_dropped} pairs dropped: {why}" for why, count in reasons.items()),
+        ),
     )
 
 

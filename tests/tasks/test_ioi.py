@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from interp.core.errors import InterpError
 from interp.instrument.tokens import from_ids
 from interp.models.load import load
 from interp.models.tiny import tiny_model
-from interp.tasks.base import Draft, PromptPairs, align, pair
+from interp.tasks.base import Draft, PromptPairs, adds_start, align, pair
 from interp.tasks.ioi import NAMES, draft, ioi_pairs, random_drafts, random_pairs, standard_drafts
 
 
@@ -34,6 +35,24 @@ def test_alignment_keeps_positions_and_counts_what_it_drops() -> None:
     assert pairs.first_difference == 1
     assert pairs.answers.tolist() == [[ord("a"), ord("b")]] * 2
     assert any("3 tokens against 4" in note for note in pairs.notes)
+
+
+def test_a_start_token_is_added_where_the_tokenizer_adds_one() -> None:
+    plain, starting = tiny_model("llama"), tiny_model("llama")
+    backend = starting.tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
+    drafts = [byte_draft("abxd", "abyd")]
+    without, added = align(plain, drafts), align(starting, drafts)
+    assert not adds_start(plain) and adds_start(starting)
+    assert without.clean.ids.tolist() == [[*b"abxd"]] and not without.notes
+    assert added.clean.ids.tolist() == [[256, *b"abxd"]]
+    assert added.answers.tolist() == without.answers.tolist()
+    assert (added.roles["X"].tolist(), added.roles["END"].tolist(), added.first_difference) == ([3], [4], 3)
+    assert any("start token" in note for note in added.notes)
+    backend.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 256), ("<eos>", 257)]
+    )
+    assert not adds_start(starting)  # the last token has to be the prompt's own
 
 
 def test_unequal_lengths_and_split_answers_are_named() -> None:
@@ -105,3 +124,12 @@ def test_the_model_can_do_it() -> None:
     logits = model(drawn.clean)[:, -1].gather(1, drawn.answers)
     assert len(drawn) == 6
     assert float((logits[:, 0] > logits[:, 1]).float().mean()) >= 0.9
+
+
+@pytest.mark.needs_model("gemma3-270m")
+def test_gemma_can_do_it_with_its_start_token() -> None:
+    model = load("gemma3-270m", check=False)
+    pairs = align(model, standard_drafts())
+    chosen = model(pairs.clean)[:, -1].gather(1, pairs.answers)
+    assert pairs.clean.strings[0][0] == "<bos>"
+    assert bool((chosen[:, 0] > chosen[:, 1]).all())  # 1 of 8 without it
