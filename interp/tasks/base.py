@@ -17,7 +17,7 @@ from torch import Tensor
 
 from interp.core.errors import InterpError
 from interp.core.hash import hash_tensors
-from interp.instrument.tokens import TokenRecord, tokenize
+from interp.instrument.tokens import TokenRecord, adds_start, tokenize
 from interp.models.model import LoadedModel
 
 
@@ -92,14 +92,6 @@ def answer_token(model: LoadedModel, text: str) -> int | None:
     """The id of an answer that is exactly one token, else None."""
     ids = tokenize(model, [text]).ids[0]
     return int(ids[0]) if len(ids) == 1 else None
-
-
-def adds_start(model: LoadedModel) -> bool:
-    """Whether the tokenizer by itself puts a start token before a text, and nothing after it."""
-    tokenizer = model.tokenizer
-    bos = getattr(tokenizer, "bos_token_id", None)
-    plain = [] if bos is None else tokenizer("a", add_special_tokens=False).input_ids
-    return bos is not None and list(tokenizer("a").input_ids) == [bos, *plain]
 
 
 def align(model: LoadedModel, drafts: Sequence[Draft]) -> PromptPairs:

@@ -5,10 +5,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from interp.core.errors import InterpError
-from interp.instrument.tokens import from_ids
+from interp.instrument.tokens import adds_start, from_ids
 from interp.models.load import load
 from interp.models.tiny import tiny_model
-from interp.tasks.base import Draft, PromptPairs, adds_start, align, pair
+from interp.tasks.base import Draft, PromptPairs, align, pair
 from interp.tasks.ioi import NAMES, draft, ioi_pairs, random_drafts, random_pairs, standard_drafts
 
 
