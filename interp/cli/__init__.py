@@ -24,9 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from interp.cli.app import app
 
     command: Any = typer.main.get_command(app)
-    usage_error = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    usage_error: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
-        status = command.main(args=list(sys.argv[1:] if argv is None else argv), prog_name="interp", standalone_mode=False)
+        status = command.main(
+            args=list(sys.argv[1:] if argv is None else argv), prog_name="interp", standalone_mode=False
+        )
     except InterpError as error:
         return _refuse(str(error))
     except usage_error as error:
@@ -53,8 +55,8 @@ def _usage(error: Any) -> str:
     if context is not None and isinstance(flag, str):
         flags = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
         return str(unknown("flag", flag, flags))
-    message = str(error.format_message())
-    group = getattr(context, "command", None)
+    message = str(error.format_message()) or "name a command; they are listed above"
+    group: Any = getattr(context, "command", None)
     if message.startswith("No such command") and hasattr(group, "commands"):
         return str(unknown("command", message.split("'")[1], group.commands))
     return message

@@ -6,14 +6,15 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from interp.cli import bench, demo, doctor, models, run, runs
 
 HELP = """
-[bold]interp[/bold]: open a model, find what happens inside, test the explanation, let somebody replay it.
+[bold]interp[/bold]: open a model, find what happens inside, test the explanation, replay it.
 
-[dim]Every run is a folder under runs/ with its numbers (summary.json), controls, manifest, and report.html: one file
-that opens in any browser, offline.[/dim]
+[dim]Every run is a folder under runs/: its numbers (summary.json), its manifest,[/dim]
+[dim]and report.html, one file that opens in any browser, offline.[/dim]
 """
 
 EXAMPLES = """
@@ -33,7 +34,7 @@ EXAMPLES = """
 """
 
 
-class Page(typer.core.TyperGroup):
+class Page(TyperGroup):
     """A group whose help ends with examples, with their lines as they are written."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

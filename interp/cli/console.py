@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -106,7 +106,7 @@ class Steps:
         self._bars.update(self._tasks[label], completed=done if total else 1)
 
     @contextmanager
-    def step(self, label: str) -> Iterator[None]:
+    def step(self, label: str) -> Generator[None, None, None]:
         """A step whose length is not known beforehand."""
         began = time.perf_counter()
         task = self._bars.add_task(label, total=None) if self._bars is not None else None
@@ -123,7 +123,7 @@ class Steps:
 
 
 @contextmanager
-def progress() -> Iterator[Steps]:
+def progress() -> Generator[Steps, None, None]:
     """Show the progress of everything run inside, on stderr."""
     from interp.core.progress import listening
 

@@ -45,7 +45,9 @@ def demo(
     with console.progress() as steps:
         made = run_demo(model, out or OUT, steps)
     if as_json:
-        console.emit_json({"run": made.folder.as_posix(), "report": made.report.as_posix(), "summary": made.run.summary})
+        console.emit_json(
+            {"run": made.folder.as_posix(), "report": made.report.as_posix(), "summary": made.run.summary}
+        )
         return
     print_demo(made)
 
@@ -106,7 +108,8 @@ def print_demo(made: Demo) -> None:
     for result in made.run.results:
         held = sum(control.passed for control in result.controls)
         headline = ", ".join(f"{key} {shown(value)}" for key, value in result.headline.items())
-        verdict = console.verdict(held == len(result.controls), (f"{held} of {len(result.controls)}",) * 2)
+        share = f"{held} of {len(result.controls)}"
+        verdict = console.verdict(held == len(result.controls), (share, share))
         rows.append((result.method, headline, verdict))
     console.table("", ("method", "headline", "controls held"), rows)
     console.line(f"{made.run.facts['seconds']:.0f} s. Open the report:")

@@ -126,7 +126,7 @@ def _torchvision() -> Finding:
             return Finding(
                 what="torchvision",
                 status="problem",
-                detail=f"{have} was built for torch{wanted.specifier}, here is {torch}: transformers cannot be imported",
+                detail=f"{have} wants torch{wanted.specifier}, here is {torch}: transformers cannot be imported",
                 fix="pip uninstall -y torchvision",
             )
     return Finding(what="torchvision", status="ok", detail=f"{have} fits torch {torch}")

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,7 +109,7 @@ def field_docs(kind: type[Any]) -> Mapping[str, str]:
         return {}
     body = cast("ast.ClassDef", tree.body[0]).body
     docs: dict[str, str] = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in pairwise(body):
         if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
             continue
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):

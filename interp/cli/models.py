@@ -124,7 +124,9 @@ def _print_report(report: Any) -> None:
     for name, checks in groups.items():
         worst = max(checks, key=lambda check: (not check.passed, check.value))
         held = all(check.passed for check in checks)
-        rows.append((name, len(checks), worst.site, f"{worst.value:.3g}", f"{worst.tolerance:.3g}", console.verdict(held)))
+        rows.append(
+            (name, len(checks), worst.site, f"{worst.value:.3g}", f"{worst.tolerance:.3g}", console.verdict(held))
+        )
     console.table(
         f"{report.source} ({report.family}): {report.n_sites} sites",
         ("identity", "checked", "worst at", "value", "allowed", ""),

@@ -120,6 +120,7 @@ def execute(job: Job) -> None:
         result = spec.run(model, spec.load(model, config), config)
         run = Run(results=(result,), facts={"seconds": round(time.perf_counter() - began, 3)})
         save_run(folder, run)
+        _export(job.method, result, folder)
         if job.report:
             from interp.report.html import write_report
 
@@ -132,6 +133,14 @@ def execute(job: Job) -> None:
     console.line(f"saved  {folder.as_posix()}")
     if job.report:
         console.line(f"report {(folder / 'report.html').as_posix()}", "bold")
+
+
+def _export(method: str, result: Any, folder: Path) -> None:
+    """What other tools read: a trained dictionary is also written as a SAELens folder inside the run."""
+    if method == "sae":
+        from interp.analyses.sae import save_saelens
+
+        save_saelens(result, folder / "sae_lens")
 
 
 def new_folder(method: str) -> Path:

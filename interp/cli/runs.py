@@ -132,7 +132,14 @@ def _print_replay(path: Path, comparisons: list[Comparison], changes: list[Diffe
     from interp.report.tables import shown
 
     rows = [
-        (row.method, row.key, shown(row.saved), shown(row.fresh), row.allowed, console.verdict(row.within, ("within", "OUT")))
+        (
+            row.method,
+            row.key,
+            shown(row.saved),
+            shown(row.fresh),
+            row.allowed,
+            console.verdict(row.within, ("within", "OUT")),
+        )
         for row in comparisons
     ]
     columns = ("method", "quantity", "saved", "now", "allowed", "")

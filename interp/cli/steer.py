@@ -26,7 +26,9 @@ def extract(
     strength: Annotated[float, typer.Option("--strength", help="Recommended multiple of the activation norm.")] = 0.3,
     n_pairs: Annotated[int, typer.Option("--n-pairs", help="Sentiment contrast pairs to use.")] = 40,
     corpus: Annotated[str, typer.Option("--corpus", help="Neutral text whose norm is the unit.")] = "docs:assignment",
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="[default: runs/vectors/SITE.safetensors]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="[default: runs/vectors/SITE.safetensors]")
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.Json = False,

@@ -187,7 +187,7 @@ class Features(Protocol):
 
 
 def clamp_feature(site: str | Site, dictionary: Features, feature: int, value: float, **where: Any) -> Edit:
-    """Move one latent of a dictionary to `value`, leaving its reconstruction error: x + (value - f) features[feature]."""
+    """Move one latent to `value`, leaving the dictionary's error as it is: x + (value - f) features[feature]."""
     width = dictionary.features.shape[0]
     if not 0 <= feature < width:
         raise InterpError(f"feature {feature} is outside the dictionary, which has features 0 to {width - 1}")
