@@ -8,7 +8,7 @@ import torch
 
 from interp.analyses import patching_wave
 from interp.analyses.patching import SPEC, PatchingConfig, example, load, run
-from interp.analyses.patching_bench import all_sites, in_a_wave, one_by_one
+from interp.analyses.patching_bench import all_sites, compare_naive, in_a_wave, one_by_one
 from interp.analyses.patching_controls import _answers, _other_prompts, best
 from interp.analyses.patching_gradient import estimates
 from interp.analyses.patching_scores import OTHER, Direction, Scores, endpoints, intervals, measure, unrelated
@@ -262,3 +262,13 @@ def test_reference_numbers() -> None:
     assert result.headline["attribution_correlation"] == correlation["gradient", "denoising", "z"]
     assert result.headline["top_sites"][0] == "z.23 head 3: +0.46"
     assert [control.passed for control in result.controls] == [True] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.needs_model("smollm2-135m")
+def test_the_comparison_with_one_forward_per_site() -> None:
+    """The values; the times are for `interp bench` to show."""
+    found = compare_naive(load_model("smollm2-135m", check=False))
+    assert found["n_sites"] == 420
+    assert found["max_difference"] < 1e-4
+    assert found["ratio"] > 0
