@@ -62,8 +62,8 @@ def bench_systems(model: LoadedModel) -> dict[str, Callable[[], object]]:
 
 
 def compare_naive(model: LoadedModel) -> dict[str, float]:
-    """Seconds of both ways for all resid_post sites of one pair (the slow one scaled up from every eleventh site), their
-    ratio, and the largest difference of the logit difference (nats) over those sites."""
+    """Seconds of both ways for all resid_post sites of one pair, their ratio, and the largest difference of the logit
+    difference in nats. The slow way runs every eleventh site and is scaled up; the difference is over those."""
     pairs = align(model, [draft("Mary", "John", "John")])
     sites = all_sites(model, pairs)
     in_a_wave(model, pairs)
