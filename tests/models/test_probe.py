@@ -117,3 +117,19 @@ def test_a_broken_model_does_not_pass() -> None:
 
     report = verify(LoadedModel(Moody()), torch.ones(1, 2))
     assert report.max_abs_diff > 0 and not report.passed
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+def test_other_models_with_the_llama_layout(kind: str) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, sliding_window=4, pad_token_id=0)
+    with torch.random.fork_rng():
+        module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = LoadedModel(module)
+    report = verify(model)
+    assert model.table.name == "llama"
+    assert report.first_failure is None
+    assert report.max_abs_diff == 0.0
