@@ -8,6 +8,7 @@ from torch import nn
 
 from interp.core.errors import InterpError
 from interp.core.sites import Part
+from interp.models.load import load
 from interp.models.model import LoadedModel
 from interp.models.probe import quick_check, verify
 from interp.models.table import Family, FamilyTable, Reach, Weight
@@ -133,3 +134,19 @@ def test_other_models_with_the_llama_layout(kind: str) -> None:
     assert model.table.name == "llama"
     assert report.first_failure is None
     assert report.max_abs_diff == 0.0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("smollm2-135m", marks=pytest.mark.needs_model("smollm2-135m")),
+        pytest.param("gemma3-270m", marks=pytest.mark.needs_model("gemma3-270m")),
+    ],
+)
+def test_bundled_models(name: str) -> None:
+    model = load(name, check=False)
+    report = verify(model)
+    assert report.max_abs_diff == 0.0
+    assert report.first_failure is None
+    assert report.n_sites == len(model.sites())
