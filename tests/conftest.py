@@ -2,7 +2,8 @@
 
 This file is read before any test module, so the environment is set before torch is imported and the import hook is in
 place before `interp` is. The hook makes beartype check each annotation with jaxtyping's shapes, under pytest only.
-`interp.kernels` stays outside it: `triton.jit` compiles the source of a function and must get the bare one.
+`interp.kernels` stays outside it: `triton.jit` compiles the source of a function and must get the bare one. So does
+`interp.cli`: typer reads annotations itself, and hands over a context of another class than its own `typer.Context`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = sorted(
     f"interp.{path.name}"
     for path in (ROOT / "interp").iterdir()
-    if path.is_dir() and path.name not in ("kernels", "__pycache__")
+    if path.is_dir() and path.name not in ("kernels", "cli", "__pycache__")
 )
 
 if any(name.startswith("interp.") for name in sys.modules):
