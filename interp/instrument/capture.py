@@ -115,7 +115,10 @@ class _Capture:
     def __init__(self, model: LoadedModel, sites: list[Site], options: _Options) -> None:
         self.model, self.options = model, options
         self.acts = Activations(model, sites)
-        self.generated: dict[Site, list[Record]] = {}
+        self.generated: dict[tuple[Site, int], list[Record]] = {}
+        """What each generation brought, call by call."""
+        self.reached: dict[tuple[Site, int], int] = {}
+        """First position of each generation that has not been computed yet; without a cache positions come again."""
 
     def reader(self, site: Site, value: Tensor, raw: Tensor) -> None:
         options, call = self.options, self.model.hub.call
@@ -147,9 +150,9 @@ class _Capture:
         call, options = self.model.hub.call, self.options
         mask = selected(options.at, options.scope, call, value.shape[0], value.shape[axis])
         if call is not None and call.prompt is not None:
-            seen = self.generated.get(site)
-            first_new = int(seen[-1].where[-1]) + 1 if seen and len(seen[-1].where) else 0
-            mask = mask & (where >= first_new)
+            key = (site, call.generation)
+            mask = mask & (where >= self.reached.get(key, 0))
+            self.reached[key] = max(self.reached.get(key, 0), int(where[-1]) + 1)
         counts = mask.sum(1)
         if int(counts.min()) != int(counts.max()):
             raise InterpError(
@@ -164,7 +167,7 @@ class _Capture:
         call = self.model.hub.call
         if call is not None and call.prompt is not None:
             if len(record.where):
-                self.generated.setdefault(site, []).append(record)
+                self.generated.setdefault((site, call.generation), []).append(record)
             self.acts.records.setdefault(site, [])
             return
         self.acts.records.setdefault(site, []).append(record)
@@ -176,7 +179,7 @@ class _Capture:
     def finish(self, seconds: float) -> None:
         """Join what a generation brought, check that nothing was overwritten and nothing is missing."""
         fired = self.acts.records
-        for site, records in self.generated.items():
+        for (site, _), records in self.generated.items():
             axis = _axis(site, records[0].value)
             fired[site] = [*fired.get(site, []), _join(records, axis if axis is not None else 1)]
         missing = [site for site in self.acts.sites if not fired.get(site)]

@@ -76,7 +76,7 @@ def softmax(scores: Tensor) -> Tensor:
 Tap = Callable[[AttentionCall, Tensor], Tensor]
 """Takes the call and the output (batch, query, head, d_head); returns the output, changed or not."""
 
-_taps: dict[int, Tap] = {}
+_taps: dict[int, list[Tap]] = {}
 _originals: dict[str, Any] = {}
 _lock = threading.RLock()
 _ABSENT = object()
@@ -86,13 +86,15 @@ def tap(module: nn.Module, function: Tap) -> Callable[[], None]:
     """Route the attention calls of one module through `function`; returns what undoes it."""
     kind = _implementation(module)
     with _lock:
-        _taps[id(module)] = function
+        _taps.setdefault(id(module), []).append(function)
         if kind not in _originals:
             _install(kind)
 
     def undo() -> None:
         with _lock:
-            _taps.pop(id(module), None)
+            _taps[id(module)].remove(function)
+            if not _taps[id(module)]:
+                del _taps[id(module)]
             if not _taps:
                 _uninstall()
 
@@ -127,8 +129,8 @@ def _install(kind: str) -> None:
         if function is _ABSENT:
             function = sys.modules[type(module).__module__].eager_attention_forward
         output, weights = function(module, query, key, value, mask, **kwargs)
-        listener = _taps.get(id(module))
-        if listener is None:
+        listeners = list(_taps.get(id(module), ()))
+        if not listeners:
             return output, weights
         scaling = kwargs.get("scaling")
         causal = kwargs.get("is_causal")
@@ -141,7 +143,9 @@ def _install(kind: str) -> None:
             softcap=kwargs.get("softcap"),
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
         )
-        return listener(call, output), weights
+        for listener in listeners:
+            output = listener(call, output)
+        return output, weights
 
     interface[kind] = wrapped
 

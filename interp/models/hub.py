@@ -42,6 +42,8 @@ class Call:
     """Bool (batch, past + pos): True where there is a real token; `None` where all are."""
     prompt: int | None
     """Length of the prompt while generating, else `None`."""
+    generation: int = 0
+    """Which generation of this model it belongs to."""
 
 
 @dataclass
@@ -64,6 +66,8 @@ class HookHub:
         self.call: Call | None = None
         self.prompt: int | None = None
         """Set by `LoadedModel.generate` for its duration."""
+        self.generation = 0
+        """How many generations there have been."""
         self.stoppable = False
         """Whether a `StopForward` would be caught."""
         self.stoppers = 0
@@ -201,7 +205,7 @@ class HookHub:
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = kwargs.get("attention_mask")
         mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.call = Call(n_pos=ids.shape[1], past=past, mask=mask, prompt=self.prompt)
+        self.call = Call(n_pos=ids.shape[1], past=past, mask=mask, prompt=self.prompt, generation=self.generation)
 
     def _end(self, *_: Any) -> None:
         self.call = None

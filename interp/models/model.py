@@ -181,6 +181,7 @@ class LoadedModel:
     @contextmanager
     def _generating(self, prompt: int) -> Generator[None, None, None]:
         before, self.hub.prompt = self.hub.prompt, prompt
+        self.hub.generation += 1
         try:
             yield
         finally:

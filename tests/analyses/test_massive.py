@@ -9,7 +9,7 @@ from interp.analyses.massive import SPEC, MassiveConfig, MassiveData, example, l
 from interp.analyses.massive_scan import Spot, largest, scan
 from interp.core.errors import InterpError
 from interp.core.sites import Part, Site
-from interp.instrument.edits import edited, scale, set_to, zero
+from interp.instrument.edits import add, edited, scale, set_to, zero
 from interp.instrument.tokens import TokenRecord, from_ids, tokenize
 from interp.models.load import load
 from interp.models.tiny import tiny_model
@@ -90,25 +90,35 @@ def test_losses_are_those_of_transformers() -> None:
         float(model.module(input_ids=row[None], labels=row[None]).loss.detach()) for row in text.ids
     ]  # transformers' own shifted cross-entropy
     torch.testing.assert_close(losses_of(model, text, None), torch.tensor(expected))
-    torch.testing.assert_close(losses_of(model, text, scale("resid_post.1", 1.0)), torch.tensor(expected))
+    assert torch.equal(losses_of(model, text, add("resid_post.1", torch.zeros(32))), losses_of(model, text, None))
     assert not torch.allclose(losses_of(model, text, zero("resid_post.1")), torch.tensor(expected))
 
 
 def test_a_planted_constant_bias_passes_every_control() -> None:
-    """A huge constant that a later layer relies on: zeroing hurts, its mean does not, ordinary dims do not."""
+    """A start token whose embedding holds one huge coordinate, which every norm divides by and no weight reads.
+
+    Removing it lets the rest of position 0 through; its mean, other positions and ordinary dims then change nothing.
+    """
     model = tiny_model("llama")
     data, cfg = example(model)
     with torch.no_grad():
-        for layer in model.layers:
-            layer.get_parameter("input_layernorm.weight")[7] = 0.0
-            layer.get_parameter("post_attention_layernorm.weight")[7] = 0.0
-        model.module.get_parameter("model.norm.weight")[7] = 0.0
-        embedding = model.module.get_parameter("model.embed_tokens.weight")
-        embedding[:, 7] = 3000.0
-    result = run(model, data, replace(cfg, ratio=10.0))
-    assert (result.headline["site"], result.headline["dim"]) == ("resid_post.0", 7)
-    zeroed, average = (abs(result.headline[k] - result.headline["loss_base"]) for k in ("loss_zeroed", "loss_mean"))
-    assert average < 1e-3 * zeroed + 1e-4
+        for name, weight in model.module.named_parameters():
+            if "norm" in name:
+                weight[7] = 0.0
+        model.module.get_parameter("model.embed_tokens.weight")[256, 7] = 30_000.0
+    text, calibration = (
+        from_ids(model, torch.cat([torch.full((len(part), 1), 256), part.ids[:, 1:]], dim=1))
+        for part in (data.text, data.calibration)
+    )
+    result = run(model, MassiveData(text=text, calibration=calibration), cfg)
+    headline = result.headline
+    assert (headline["site"], headline["pos"], headline["dim"]) == ("resid_post.0", 0, 7)
+    assert headline["value"] == pytest.approx(30_000, rel=1e-3)
+    assert headline["share_of_sequences"] == 1.0
+    assert abs(headline["loss_zeroed"] - headline["loss_base"]) > 0.01
+    assert headline["loss_mean"] == pytest.approx(headline["loss_base"], abs=1e-4)
+    assert [control.passed for control in result.controls] == [True] * 4
+    assert not any("no massive" in note for note in result.notes)
 
 
 def test_a_random_model_says_that_there_is_none() -> None:

@@ -386,3 +386,41 @@ def test_several_forwards_are_listed_in_order() -> None:
         model(tokens(model, seed=0))
         model(tokens(model, seed=1))
     assert len(acts.calls("resid_post.0")) == 2
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_two_generations_in_one_capture_are_two_calls(use_cache: bool) -> None:
+    model = tiny_model("llama")
+    first, second = tokens(model, seed=0), tokens(model, seed=1)
+    with capture(model, "resid_post.1") as acts:
+        model.generate(first, n_new=3, use_cache=use_cache)
+        model.generate(second, n_new=4, use_cache=use_cache)
+    lengths = [value.shape[1] for value in acts.calls("resid_post.1")]
+    assert lengths == [7 + 2, 7 + 3]
+    with capture(model, "resid_post.1") as alone:
+        model.generate(second, n_new=4)
+    torch.testing.assert_close(acts.calls("resid_post.1")[1], alone["resid_post.1"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_one_position_per_row_while_generating(use_cache: bool) -> None:
+    model = tiny_model("llama")
+    ids = tokens(model)
+    with capture(model, "resid_post.1", positions=torch.tensor([1, 4])) as acts:
+        model.generate(ids, n_new=3, use_cache=use_cache)
+    with capture(model, "resid_post.1") as whole:
+        model(ids)
+    expected = torch.stack([whole["resid_post.1"][0, 1:2], whole["resid_post.1"][1, 4:5]])
+    torch.testing.assert_close(acts["resid_post.1"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_two_owners_of_one_module_both_see_its_patterns() -> None:
+    one = tiny_model("llama")
+    two = LoadedModel(one.module)
+    ids = tokens(one)
+    with capture(one, "pattern.1", stop=False) as a, capture(two, "pattern.1", stop=False) as b:
+        one(ids)
+    with capture(one, "pattern.1") as again:
+        one(ids)
+    assert torch.equal(a["pattern.1"], b["pattern.1"])
+    assert torch.equal(a["pattern.1"], again["pattern.1"])
