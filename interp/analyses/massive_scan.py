@@ -48,7 +48,7 @@ class Place:
     pos: int
     dim: int
     value: float
-    """Mean over sequences, signed."""
+    """Mean over the sequences that have their largest activation here, signed."""
     ratio: float
     """Largest magnitude over the median of its layer and sequence."""
     massive: bool

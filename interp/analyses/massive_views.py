@@ -36,7 +36,7 @@ class Loss:
             UNTOUCHED: "untouched",
             ZEROED: f"zero {self.dim}",
             MEAN: f"mean for {self.dim}",
-            ELSEWHERE: f"zero {self.dim} at {self.pos}",
+            ELSEWHERE: f"zero {self.dim} at {self.pos} (control)",
         }
         return texts.get(self.kind, f"zero {self.dim} (control)")
 
@@ -51,7 +51,7 @@ def layer_table(spots: Sequence[Spot], n_layers: int) -> pd.DataFrame:
         "largest": [s for s in spots if s.start and s.rank == 1],
         "second": [s for s in spots if s.start and s.rank == 2],
         "third": [s for s in spots if s.start and s.rank == 3],
-        "largest, first position left out": [s for s in spots if not s.start and s.rank == 1],
+        "largest after the first": [s for s in spots if not s.start and s.rank == 1],
     }
     rows = [
         {"layer": layer, "of": name, "magnitude": _mean(abs(s.value) for s in chosen if s.layer == layer)}
@@ -145,12 +145,12 @@ PANELS = (
         kind="line", table="layers", x="layer", y="magnitude", group="of", log_y=True,
         x_label="layer", y_label="|h|, mean over sequences",
         reading="A line far above the others is one coordinate that dwarfs the rest; the median is the ordinary size. "
-        "The scan without the first position says whether anything massive is left elsewhere.",
+        "'largest after the first' leaves out the first position: is anything massive left elsewhere?",
     ),
     Panel(
         title="The largest activation through the layers",
         kind="line", table="trace", x="layer", y="mean", low="low", high="high",
-        x_label="layer", y_label="value (band: range)",
+        x_label="layer", y_label="value (band: range over sequences)",
         reading="Where it jumps up a layer writes it, where it falls one erases it; a thin band over the sequences "
         "means that the input hardly matters.",
     ),
@@ -158,7 +158,7 @@ PANELS = (
         title="What the model loses without it",
         kind="bar", table="summary", x="intervention", y="loss", low="low", high="high",
         y_label="loss, nats per token",
-        reading="Zeroing it should cost far more than zeroing ordinary dims at the same place (grey); its mean over "
+        reading="Zeroing it should cost far more than zeroing ordinary dims there, or it at another position (grey); its mean over "
         "other text should cost almost nothing. Ends: 95 % interval over sequences.",
     ),
 )  # fmt: skip

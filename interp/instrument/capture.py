@@ -117,6 +117,8 @@ class _Capture:
         self.acts = Activations(model, sites)
         self.generated: dict[tuple[Site, int], list[Record]] = {}
         """What each generation brought, call by call."""
+        self.held: set[int] = set()
+        """Memory that a record of this capture already refers to: resid_post.3 and resid_pre.4 are one tensor."""
         self.reached: dict[tuple[Site, int], int] = {}
         """First position of each generation that has not been computed yet; without a cache positions come again."""
 
@@ -141,9 +143,11 @@ class _Capture:
         self._keep(site, Record(moved.detach(), None, where, version))
 
     def _must_copy(self, site: Site, value: Tensor) -> bool:
-        """By reference only where nothing larger is kept alive and the table is known not to work in place."""
+        """By reference only where nobody else holds the value, nothing larger is kept alive and nothing is in place."""
         larger = value.untyped_storage().nbytes() > 1.5 * value.numel() * value.element_size()
-        return self.options.snapshot or site.part is Part.MODULE or larger or value.is_inference()
+        shared = site.part is Part.LOGITS or value.data_ptr() in self.held
+        self.held.add(value.data_ptr())
+        return self.options.snapshot or site.part is Part.MODULE or larger or shared or value.is_inference()
 
     def _pick(self, site: Site, value: Tensor, where: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Copy of the wanted positions; while generating, only those not seen before."""

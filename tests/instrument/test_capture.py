@@ -424,3 +424,13 @@ def test_two_owners_of_one_module_both_see_its_patterns() -> None:
         one(ids)
     assert torch.equal(a["pattern.1"], b["pattern.1"])
     assert torch.equal(a["pattern.1"], again["pattern.1"])
+
+
+def test_nothing_captured_shares_memory_with_another_site_or_the_output() -> None:
+    model = tiny_model("llama")
+    with capture(model, ["resid_post.0", "resid_pre.1", "attn_in.1", "logits"], stop=False) as acts:
+        logits = model(tokens(model))
+    held = [value.data_ptr() for _, value in acts.items()]
+    assert len(set(held)) == len(held)
+    assert acts["logits"].data_ptr() != logits.data_ptr()
+    assert torch.equal(acts["resid_post.0"], acts["resid_pre.1"])
