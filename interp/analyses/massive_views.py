@@ -51,7 +51,7 @@ def layer_table(spots: Sequence[Spot], n_layers: int) -> pd.DataFrame:
         "largest": [s for s in spots if s.start and s.rank == 1],
         "second": [s for s in spots if s.start and s.rank == 2],
         "third": [s for s in spots if s.start and s.rank == 3],
-        "largest after the first": [s for s in spots if not s.start and s.rank == 1],
+        "largest, no first token": [s for s in spots if not s.start and s.rank == 1],
     }
     rows = [
         {"layer": layer, "of": name, "magnitude": _mean(abs(s.value) for s in chosen if s.layer == layer)}
@@ -145,7 +145,7 @@ PANELS = (
         kind="line", table="layers", x="layer", y="magnitude", group="of", log_y=True,
         x_label="layer", y_label="|h|, mean over sequences",
         reading="A line far above the others is one coordinate that dwarfs the rest; the median is the ordinary size. "
-        "'largest after the first' leaves out the first position: is anything massive left elsewhere?",
+        "The line without the first token says whether anything massive is left elsewhere.",
     ),
     Panel(
         title="The largest activation through the layers",
@@ -158,7 +158,7 @@ PANELS = (
         title="What the model loses without it",
         kind="bar", table="summary", x="intervention", y="loss", low="low", high="high",
         y_label="loss, nats per token",
-        reading="Zeroing it should cost far more than zeroing ordinary dims there, or it at another position (grey); its mean over "
-        "other text should cost almost nothing. Ends: 95 % interval over sequences.",
+        reading="Zeroing it should cost far more than zeroing ordinary dims there, or it at another position (grey); its "
+        "mean over other text should cost almost nothing. Ends: 95 % interval over sequences.",
     ),
 )  # fmt: skip
