@@ -143,7 +143,7 @@ class _Capture:
         self._keep(site, Record(moved.detach(), None, where, version))
 
     def _must_copy(self, site: Site, value: Tensor) -> bool:
-        """By reference only where the value is nobody else's, keeps nothing larger alive and is not worked on in place."""
+        """By reference only where the value is nobody else's, keeps nothing larger alive and nothing is in place."""
         larger = value.untyped_storage().nbytes() > 1.5 * value.numel() * value.element_size()
         shared = site.part is Part.LOGITS or value.data_ptr() in self.held
         self.held.add(value.data_ptr())
