@@ -17,12 +17,13 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 
 from interp.analyses import patching_views as views
 from interp.analyses.patching_controls import controls
 from interp.analyses.patching_gradient import estimates
-from interp.analyses.patching_scores import Direction, Endpoints, endpoints, measure
+from interp.analyses.patching_scores import Direction, Effects, Endpoints, endpoints, measure
 from interp.analyses.patching_wave import KINDS
 from interp.core.errors import InterpError, unknown
 from interp.core.manifest import Manifest
@@ -98,17 +99,7 @@ def run(model: LoadedModel, data: PromptPairs, cfg: PatchingConfig) -> Result:
     effects = views.effects_table(found, ends, data)
     outcome = controls(model, data, ends, denoise, cfg.seed)
     return Result(
-        headline={
-            "accuracy": ends.accuracy,
-            "n_prompts": len(data),
-            "logit_diff_clean": ends.clean_mean,
-            "logit_diff_corrupt": ends.corrupt_mean,
-            "top_sites": views.top_sites(denoise, data),
-            "attribution_correlation": views.correlation(correlations, GRADIENT, ("z", "all")),
-            "attribution_correlation_all_sites": views.correlation(correlations, GRADIENT, ("all",)),
-            "attribution_correlation_integrated": views.correlation(correlations, INTEGRATED, ("all",)),
-            "seconds": seconds_exact,
-        },
+        headline=_headline(ends, denoise, correlations, data) | {"seconds": seconds_exact},
         tables={
             "effects": effects,
             "heads": views.heat(effects, heads=True),
@@ -140,6 +131,19 @@ def run(model: LoadedModel, data: PromptPairs, cfg: PatchingConfig) -> Result:
         },
         notes=_notes(ends, data),
     )
+
+
+def _headline(ends: Endpoints, denoise: Effects, correlations: pd.DataFrame, data: PromptPairs) -> dict[str, object]:
+    return {
+        "accuracy": ends.accuracy,
+        "n_prompts": len(data),
+        "logit_diff_clean": ends.clean_mean,
+        "logit_diff_corrupt": ends.corrupt_mean,
+        "top_sites": views.top_sites(denoise, data),
+        "attribution_correlation": views.correlation(correlations, GRADIENT, ("z", "all")),
+        "attribution_correlation_all_sites": views.correlation(correlations, GRADIENT, ("all",)),
+        "attribution_correlation_integrated": views.correlation(correlations, INTEGRATED, ("all",)),
+    }
 
 
 def _shortcuts(model: LoadedModel, data: PromptPairs, cfg: PatchingConfig) -> list[views.Shortcut]:

@@ -42,7 +42,7 @@ class Scores:
         cls, logits: Float[Tensor, "pair vocab"], answers: Int[Tensor, "pair 2"], other: Int[Tensor, "pair 2"]
     ) -> Scores:
         log_probs = logits.float().log_softmax(-1)
-        chosen, unrelated = log_probs.gather(1, answers), log_probs.gather(1, other)
+        chosen, unrelated = (log_probs.gather(1, ids.to(log_probs.device)) for ids in (answers, other))
         return cls(
             logit_diff=chosen[:, 0] - chosen[:, 1],
             prob=chosen[:, 0].exp(),
