@@ -36,9 +36,9 @@ class Loss:
             UNTOUCHED: "untouched",
             ZEROED: f"zero {self.dim}",
             MEAN: f"mean for {self.dim}",
-            ELSEWHERE: f"zero {self.dim} at {self.pos} (control)",
+            ELSEWHERE: f"control: {self.dim} at {self.pos}",
         }
-        return texts.get(self.kind, f"zero {self.dim} (control)")
+        return texts.get(self.kind, f"control: zero {self.dim}")
 
 
 def spot_table(spots: Sequence[Spot]) -> pd.DataFrame:
@@ -158,7 +158,7 @@ PANELS = (
         title="What the model loses without it",
         kind="bar", table="summary", x="intervention", y="loss", low="low", high="high",
         y_label="loss, nats per token",
-        reading="Zeroing it should cost far more than zeroing ordinary dims there, or it at another position (grey); its "
-        "mean over other text should cost almost nothing. Ends: 95 % interval over sequences.",
+        reading="Zeroing it should cost far more than zeroing ordinary dims there, or it at another position (grey); "
+        "its mean over other text should cost almost nothing. Ends: 95 % interval over sequences.",
     ),
 )  # fmt: skip
