@@ -86,7 +86,10 @@ def _scalar(kind: type[Any], key: str, text: str) -> Any:
 
     if getattr(kind(), key, "") is not None:
         return text
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def flag_names(kind: type[Any]) -> list[str]:
