@@ -34,12 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except usage_error as error:
         return _refuse(_usage(error))
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interp: interrupted\n")
-        return INTERRUPTED
+        status = INTERRUPTED
     except BrokenPipeError:
         # `interp sites MODEL | head` closed the pipe; give the interpreter's last flush somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if status == INTERRUPTED:  # typer itself turns Ctrl-C into this status, without a word
+        sys.stderr.write("interp: interrupted\n")
     return status if isinstance(status, int) else 0
 
 

@@ -83,8 +83,3 @@ def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_copy(saved_run: Path, work: Path) -> Path:
     """The small run, by the name `runs/small` in the working folder."""
     return shutil.copytree(saved_run, work / "runs" / "small")
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its content, and every folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
