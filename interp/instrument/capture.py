@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class Activations:
 
     def _of(self, site: str | Site) -> list[Record]:
         resolved = self.model.table.one(site)
-        if resolved not in self.records:
+        if not self.records.get(resolved):
             if resolved in self.sites:
                 raise NeverFiredError(f"{resolved} has not fired yet: call the model inside the capture")
             raise unknown("captured site", str(resolved), map(str, self.sites))
@@ -117,14 +118,20 @@ class _Capture:
         self.acts = Activations(model, sites)
         self.generated: dict[tuple[Site, int], list[Record]] = {}
         """What each generation brought, call by call."""
-        self.held: set[int] = set()
-        """Memory that a record of this capture already refers to: resid_post.3 and resid_pre.4 are one tensor."""
+        self.last_forward: dict[Site, int] = {}
+        """Number of the last forward in which each site fired."""
         self.reached: dict[tuple[Site, int], int] = {}
         """First position of each generation that has not been computed yet; without a cache positions come again."""
 
     def reader(self, site: Site, value: Tensor, raw: Tensor) -> None:
         options, call = self.options, self.model.hub.call
         axis = _axis(site, value)
+        self.last_forward[site] = self.model.hub.n_forward
+        generating = call is not None and call.prompt is not None
+        if options.at is not None and axis is None:
+            raise InterpError(f"{site} is {tuple(value.shape)} here, without a position axis; drop positions")
+        if options.grad and generating:
+            raise InterpError("generation runs without gradients; capture(grad=True) takes model(tokens)")
         if options.grad:
             raw.requires_grad_() if not raw.requires_grad else raw.retain_grad()
             where = torch.arange(value.shape[axis] if axis is not None else 0)
@@ -133,7 +140,7 @@ class _Capture:
             return
         where = columns(call, value.shape[axis]) if axis is not None else torch.arange(0)
         kept, picked = value, False
-        if axis is not None and (options.at is not None or (call is not None and call.prompt is not None)):
+        if axis is not None and (options.at is not None or options.scope != "all" or generating):
             kept, where = self._pick(site, value, where, axis)
             picked = True
         moved = kept.to(dtype=options.dtype or kept.dtype, device=options.device or kept.device)
@@ -145,8 +152,8 @@ class _Capture:
     def _must_copy(self, site: Site, value: Tensor) -> bool:
         """By reference only where the value is nobody else's, keeps nothing larger alive and nothing is in place."""
         larger = value.untyped_storage().nbytes() > 1.5 * value.numel() * value.element_size()
-        shared = site.part is Part.LOGITS or value.data_ptr() in self.held
-        self.held.add(value.data_ptr())
+        shared = site.part is Part.LOGITS or value.data_ptr() in self.model.hub.held
+        self.model.hub.held.add(value.data_ptr())
         return self.options.snapshot or site.part is Part.MODULE or larger or shared or value.is_inference()
 
     def _pick(self, site: Site, value: Tensor, where: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -177,8 +184,9 @@ class _Capture:
         self.acts.records.setdefault(site, []).append(record)
 
     def waits(self) -> bool:
-        """Whether some site has not fired yet, or the capture wants the whole forward."""
-        return not self.options.stop or any(site not in self.acts.records for site in self.acts.sites)
+        """Whether some site has not fired in this forward, or the capture wants all of it."""
+        now = self.model.hub.n_forward
+        return not self.options.stop or any(self.last_forward.get(site) != now for site in self.acts.sites)
 
     def finish(self, seconds: float) -> None:
         """Join what a generation brought, check that nothing was overwritten and nothing is missing."""
@@ -270,27 +278,21 @@ def capture(
         stop=stop and not grad and all(site.part is not Part.MODULE for site in found),
     )  # fmt: skip
     collector = _Capture(model, found, options)
-    undo = [
-        model.hub.add_reader(
-            site,
-            lambda value, raw, site=site: collector.reader(site, value, raw),
-            chosen if _has_heads(site) else None,
-        )
-        for site in found
-    ]
     model.hub.pending.append(collector.waits)
     model.hub.stoppers += options.stop
     model.wants_grad += grad
     started = time.perf_counter()
     try:
-        yield collector.acts
-        collector.finish(time.perf_counter() - started)
+        with ExitStack() as attached:
+            for site in found:
+                reader = partial(collector.reader, site)
+                attached.callback(model.hub.add_reader(site, reader, chosen if _has_heads(site) else None))
+            yield collector.acts
+            collector.finish(time.perf_counter() - started)
     finally:
         model.wants_grad -= grad
         model.hub.stoppers -= options.stop
         model.hub.pending.remove(collector.waits)
-        for remove in undo:
-            remove()
 
 
 def _has_heads(site: Site) -> bool:

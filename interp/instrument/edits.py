@@ -12,7 +12,7 @@ no token, is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,6 +40,8 @@ class Context:
     """Absolute positions (pos,) of the activation's position axis."""
     call: int
     """How often this edit has fired before."""
+    chosen: Tensor
+    """Bool (batch, pos): the tokens at which the result will be used."""
 
 
 EditFunction = Callable[[Tensor, Context], Tensor]
@@ -86,8 +88,10 @@ class EditReceipt:
 
     def note(self, old: Tensor, new: Tensor, n_tokens: int) -> None:
         wide = torch.promote_types(old.dtype, torch.float32)
-        change = (new.detach() - old.detach()).to(wide).square().sum()
-        norm = old.detach().to(wide).square().sum()
+        before, after = old.detach().to(wide), new.detach().to(wide)
+        masked = old.detach() == torch.finfo(old.dtype).min  # attention scores that the mask closes
+        change = (after - before).masked_fill(masked, 0).square().sum()
+        norm = before.masked_fill(masked, 0).square().sum()
         self._change = change if self._change is None else self._change + change
         self._norm = norm if self._norm is None else self._norm + norm
         self.n_tokens += n_tokens
@@ -132,10 +136,14 @@ def zero(site: str | Site, **where: Any) -> Edit:
     return Edit(site, lambda x, _: torch.zeros_like(x), label="zero", **where)
 
 
-def mean(site: str | Site, reference: Tensor, *, keep: int = 1, **where: Any) -> Edit:
-    """Mean ablation: the average of reference activations over all but the last `keep` axes (2 for head sites)."""
-    average = reference.mean(dim=tuple(range(reference.ndim - keep)))
-    return Edit(site, lambda x, c: _broadcast(average, x, c.site), label="mean", **where)
+def mean(site: str | Site, reference: Tensor, **where: Any) -> Edit:
+    """Mean ablation: the average of reference activations of this site over batch and positions, per head."""
+
+    def function(x: Tensor, context: Context) -> Tensor:
+        axis = position_axis(context.site)
+        return _broadcast(reference.mean(dim=(0,) if axis is None else (0, axis), keepdim=True), x, context.site)
+
+    return Edit(site, function, label="mean", **where)
 
 
 def resample(site: str | Site, pool: Tensor, *, seed: int, **where: Any) -> Edit:
@@ -193,23 +201,28 @@ def clamp_feature(site: str | Site, dictionary: Features, feature: int, value: f
         raise InterpError(f"feature {feature} is outside the dictionary, which has features 0 to {width - 1}")
 
     def function(x: Tensor, _: Context) -> Tensor:
-        current = dictionary.encode(x.flatten(0, -2)).dense()[:, feature].view(x.shape[:-1])
+        current = (
+            dictionary.encode(x.flatten(0, -2).to(dictionary.features.dtype)).dense()[:, feature].view(x.shape[:-1])
+        )
         return x + (value - current)[..., None].to(x) * dictionary.features[feature].to(x)
 
     return Edit(site, function, label="clamp_feature", **where)
 
 
 def _at_positions(donor: Tensor, x: Tensor, context: Context) -> Tensor:
-    """The donor's values at the positions this forward computes."""
+    """The donor's values at the positions this forward computes; a donor of one position serves all of them."""
     axis = position_axis(context.site)
-    if axis is not None and donor.ndim == x.ndim and donor.shape[axis] != x.shape[axis]:
-        inside = (context.where < donor.shape[axis]).to(donor.device)
-        index = context.where.to(donor.device).clamp_max(donor.shape[axis] - 1)
-        taken = _broadcast(donor.index_select(axis, index), x, context.site)
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        return torch.where(inside.view(shape).to(x.device), taken, x)
-    return _broadcast(donor, x, context.site)
+    if axis is None or donor.ndim != x.ndim or donor.shape[axis] == 1:
+        return _broadcast(donor, x, context.site)
+    n = donor.shape[axis]
+    outside = context.where[context.chosen.any(0).cpu() & (context.where >= n)]
+    if len(outside):
+        raise InterpError(
+            f"the donor for {context.site} has positions 0 to {n - 1}, position {int(outside[0])} is asked for; "
+            'choose positions with at, or scope="prompt" while generating'
+        )
+    taken = donor.index_select(axis, context.where.clamp_max(n - 1).to(donor.device))
+    return _broadcast(taken, x, context.site)
 
 
 class _Applied:
@@ -218,6 +231,8 @@ class _Applied:
     def __init__(self, model: LoadedModel, edit: Edit, scope: Scope) -> None:
         self.model, self.edit = model, edit
         self.scope: Scope = scope
+        self.last_forward = 0
+        """Number of the last forward in which it fired."""
         self.site = model.table.one(edit.site)
         self.receipt = EditReceipt(self.site, edit.label)
         axes = self.site.info.axes
@@ -235,12 +250,16 @@ class _Applied:
         n_pos = x.shape[pos_axis] if pos_axis is not None else 1
         where = columns(call, n_pos)
         chosen = selected(self.edit.at, self.scope, call, x.shape[0], n_pos)
-        context = Context(self.site, where, self.receipt.n_calls)
+        context = Context(self.site, where, self.receipt.n_calls, chosen)
         self.receipt.n_calls += 1
+        self.last_forward = self.model.hub.n_forward
         if not bool(chosen.any()):
             return x
         mask = self._mask(chosen.to(x.device), x, pos_axis)
+        version = None if x.is_inference() else x._version
         new = self.edit.function(x, context)
+        if version is not None and x._version != version:
+            raise InterpError(f"the edit of {self.site} works in place; return a new tensor: x * 0, not x.mul_(0)")
         if new.shape != x.shape or new.dtype != x.dtype or new.device != x.device:
             raise InterpError(
                 f"the edit of {self.site} turned {x.dtype} {tuple(x.shape)} on {x.device} into "
@@ -286,11 +305,13 @@ def edited(
         raise InterpError("no edits were given")
     spread = [replace(edit, site=site) for edit in listed for site in model.resolve(edit.site)]
     applied = [_Applied(model, edit, scope) for edit in spread]
-    undo = [model.hub.add_writer(item.site, item.writer) for item in applied]
-    waits = _waits(applied)
+    waits = _waits(model, applied)
     model.hub.pending.append(waits)
     try:
-        yield [item.receipt for item in applied]
+        with ExitStack() as attached:
+            for item in applied:
+                attached.callback(model.hub.add_writer(item.site, item.writer))
+            yield [item.receipt for item in applied]
         for item in applied:
             if not item.receipt.n_tokens:
                 reason = "touched no token" if item.receipt.fired else "never fired"
@@ -300,10 +321,8 @@ def edited(
                 )
     finally:
         model.hub.pending.remove(waits)
-        for remove in undo:
-            remove()
 
 
-def _waits(applied: list[_Applied]) -> Callable[[], bool]:
-    """Alone, edits want the whole forward; beside a capture that may stop, they only need to have fired."""
-    return lambda: any(not item.receipt.fired for item in applied)
+def _waits(model: LoadedModel, applied: list[_Applied]) -> Callable[[], bool]:
+    """Beside a capture that may stop, edits only need to have fired in this forward."""
+    return lambda: any(item.last_forward != model.hub.n_forward for item in applied)

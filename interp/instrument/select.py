@@ -48,8 +48,10 @@ def check_scope(scope: str) -> None:
 
 def columns(call: Call | None, n_pos: int) -> Int[Tensor, " pos"]:
     """Absolute positions of the columns of this forward."""
-    past = call.past if call else 0
-    return torch.arange(past, past + n_pos)
+    if call is None:
+        return torch.arange(n_pos)
+    first = call.past + max(0, call.n_pos - n_pos)  # logits may be computed for the last positions only
+    return torch.arange(first, first + n_pos)
 
 
 def selected(at: At, scope: Scope, call: Call | None, n_rows: int, n_pos: int) -> Bool[Tensor, "batch pos"]:

@@ -32,16 +32,16 @@ class AttentionCall:
     softcap: float | None
     causal: bool
 
-    def scores(self, heads: Sequence[int] | None = None, n_gone: int = 0) -> Tensor:
+    def scores(self, heads: Sequence[int] | None = None, n_gone: int = 0, past: int | None = None) -> Tensor:
         """Masked scores (batch, head, query, key); masked entries hold the dtype's lowest value.
 
         A sliding-window cache drops its oldest keys: `n_gone` columns are put back, masked, so that column j is
-        position j.
+        position j. `past` positions come before the queries; a static cache has unused keys after them.
         """
-        scores = self._scores(heads)
+        scores = self._scores(heads, None if past is None else past - n_gone)
         return torch.nn.functional.pad(scores, (n_gone, 0), value=torch.finfo(scores.dtype).min) if n_gone else scores
 
-    def _scores(self, heads: Sequence[int] | None) -> Tensor:
+    def _scores(self, heads: Sequence[int] | None, before: int | None) -> Tensor:
         group = self.query.shape[1] // self.key.shape[1]
         chosen = list(range(self.query.shape[1])) if heads is None else list(heads)
         query, key = self.query[:, chosen], self.key[:, [head // group for head in chosen]]
@@ -53,7 +53,9 @@ class AttentionCall:
             if not self.causal:
                 return scores
             n_query, n_key = scores.shape[-2:]
-            allowed = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device).tril(n_key - n_query)
+            allowed = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device).tril(
+                n_key - n_query if before is None else before
+            )
             return scores.masked_fill(~allowed, lowest)
         mask = self.mask[..., : scores.shape[-1]]
         mask = mask if mask.shape[1] == 1 else mask[:, chosen]
@@ -107,6 +109,11 @@ def _implementation(module: nn.Module) -> str:
         raise SiteError(
             f"{type(module).__name__} does not call its attention through transformers' attention interface; "
             "scores and patterns cannot be recomputed for it, but q, k, v and z can be captured"
+        )
+    if kind not in ("sdpa", "eager"):
+        raise SiteError(
+            f"scores and patterns are recomputed for attention kernels sdpa and eager, this model runs {kind!r}; "
+            "load it with one of these, or capture q, k, v and z"
         )
     return kind
 

@@ -66,6 +66,10 @@ class HookHub:
         self.call: Call | None = None
         self.prompt: int | None = None
         """Set by `LoadedModel.generate` for its duration."""
+        self.n_forward = 0
+        """Number of the forward that is running, from 1."""
+        self.held: set[int] = set()
+        """Memory that an open capture refers to."""
         self.generation = 0
         """How many generations there have been."""
         self.stoppable = False
@@ -114,8 +118,9 @@ class HookHub:
     def _place(self, reach: Reach) -> _Place:
         key = (reach.path, reach.side)
         if key not in self._places:
-            place = self._places[key] = _Place()
+            place = _Place()
             place.remove = self._install(place, reach)
+            self._places[key] = place
         if not self._root:
             self._root = [
                 self.module.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -161,16 +166,19 @@ class HookHub:
         return None if raw is original else replace_first(value, raw)
 
     def _attend(self, place: _Place, call: AttentionCall, output: Tensor) -> Tensor:
+        past = self.call.past if self.call else None
         n_gone = max(0, self.call.past + self.call.n_pos - call.key.shape[2]) if self.call else 0
         if place.writers:
-            scores = call.scores(n_gone=n_gone)
+            scores = call.scores(None, n_gone, past)
             plain = softmax(scores)
-            changed_scores = self._rewrite(place, Part.ATTN_SCORES, scores)
+            rewritten = self._rewrite(place, Part.ATTN_SCORES, scores)
+            masked = scores == torch.finfo(scores.dtype).min
+            changed_scores = scores if rewritten is scores else torch.where(masked, scores, rewritten)
             before = plain if changed_scores is scores else softmax(changed_scores)
             pattern = self._rewrite(place, Part.PATTERN, before)
-            moved = (pattern != plain).any(dim=3).any(dim=2).any(dim=0)
+            moved = (pattern != plain).any(dim=3).transpose(1, 2)
             if bool(moved.any()):
-                output = torch.where(moved[None, None, :, None], call.outputs(pattern[..., n_gone:]), output)
+                output = torch.where(moved[..., None], call.outputs(pattern[..., n_gone:]), output)
             known = {Part.ATTN_SCORES: changed_scores, Part.PATTERN: pattern}
             for site, _, reader, heads in list(place.readers):
                 value = known[site.part]
@@ -180,7 +188,7 @@ class HookHub:
             for site, _, reader, heads in list(place.readers):
                 key = None if heads is None else tuple(heads)
                 if key not in made:
-                    made[key] = call.scores(heads, n_gone)
+                    made[key] = call.scores(heads, n_gone, past)
                 value = made[key] if site.part is Part.ATTN_SCORES else softmax(made[key])
                 reader(value, value)
         self.stop_if_done()
@@ -193,6 +201,7 @@ class HookHub:
         return value
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.n_forward += 1
         for place in self._places.values():
             place.carried.clear()
         ids = next(
@@ -219,6 +228,7 @@ class HookHub:
             for handle in self._root:
                 handle.remove()
             self._root, self.call = [], None
+            self.held.clear()
 
 
 def _same(value: Tensor) -> Tensor:

@@ -159,6 +159,8 @@ def _shapes(model: LoadedModel, values: dict[Site, Tensor], inputs: Tensor) -> I
 
 
 LINEAR = (
+    (Part.Q, Part.ATTN_IN, "W_Q"),
+    (Part.K, Part.ATTN_IN, "W_K"),
     (Part.V, Part.ATTN_IN, "W_V"),
     (Part.GATE_PRE, Part.MLP_IN, "W_gate"),
     (Part.UP, Part.MLP_IN, "W_up"),
@@ -204,7 +206,10 @@ def _linear(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: fl
         left = _product(model, weight, layer, local[source])
         after = {Part.ATTN_OUT: family.after_attn, Part.MLP_OUT: family.after_mlp}.get(result)
         left = _run(model, after, layer, left) if after else left
-        right = local[result].flatten(-2) if result is Part.V else local[result]
+        reach = model.table.reach(Site(result, layer))
+        if reach.head_major:  # queries and keys are normed head by head
+            left = _run(model, reach.path, layer, left.unflatten(-1, local[result].shape[-2:])).flatten(-2)
+        right = local[result].flatten(-2) if result in (Part.Q, Part.K, Part.V) else local[result]
         yield _close(f"{source} @ {weight} == {result}", f"{result}.{layer}", left, right, limit)
 
 

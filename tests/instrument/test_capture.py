@@ -434,3 +434,26 @@ def test_nothing_captured_shares_memory_with_another_site_or_the_output() -> Non
     assert len(set(held)) == len(held)
     assert acts["logits"].data_ptr() != logits.data_ptr()
     assert torch.equal(acts["resid_post.0"], acts["resid_pre.1"])
+
+
+def test_every_forward_of_a_capture_is_seen_to_its_last_site() -> None:
+    model = tiny_model("llama")
+    with capture(model, "resid_post.*") as acts:
+        for seed in range(3):
+            model(tokens(model, seed=seed))
+    assert acts.receipt is not None
+    assert set(acts.receipt.calls.values()) == {3}
+    with edited(model, zero("mlp_out.2")) as receipts, capture(model, "resid_post.0"):
+        model(tokens(model))
+        model(tokens(model))
+    assert receipts[0].n_calls == 2
+
+
+def test_logits_of_a_generation_are_those_of_the_positions_they_belong_to() -> None:
+    model = tiny_model("llama")
+    ids = tokens(model)
+    for use_cache in (True, False):
+        with capture(model, "logits") as acts:
+            out = model.generate(ids, n_new=4, use_cache=use_cache)
+        expected = model(out[:, :-1])[:, 6:]
+        torch.testing.assert_close(acts["logits"], expected, atol=1e-4, rtol=1e-4)

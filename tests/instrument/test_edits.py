@@ -285,3 +285,26 @@ def test_an_edit_that_never_fires_is_an_error(model: LoadedModel) -> None:
         pass
     with pytest.raises(NeverFiredError, match="touched no token"), edited(model, zero("z.0"), scope="new"):
         model(tokens(model))
+
+
+def test_a_donor_of_one_position_is_used_and_a_short_one_is_refused(model: LoadedModel) -> None:
+    x = plain(model, "resid_post.1")
+    out = run(model, [patch_from("resid_post.1", x[:, :1], at=3)], "resid_post.1")
+    assert torch.equal(out[:, 3], x[:, 0])
+    with pytest.raises(InterpError, match="positions 0 to 3"):
+        run(model, [patch_from("resid_post.1", x[:, :4], at=5)], "resid_post.1")
+
+
+def test_edited_scores_keep_the_mask(model: LoadedModel) -> None:
+    with edited(model, zero("attn_scores.0")) as receipts, capture(model, "pattern.0") as acts:
+        model(tokens(model))
+    assert not acts["pattern.0"].triu(1).any()
+    torch.testing.assert_close(acts["pattern.0"][0, 0, 3, :4], torch.full((4,), 0.25))
+    assert receipts[0].moved == pytest.approx(1.0)
+
+
+def test_mean_ablation_is_per_head_and_in_place_edits_are_refused(model: LoadedModel) -> None:
+    z = plain(model, "z.1")
+    torch.testing.assert_close(run(model, [mean("z.1", z)], "z.1"), z.mean((0, 1)).expand_as(z))
+    with pytest.raises(InterpError, match="in place"):
+        run(model, [Edit("mlp_out.1", lambda x, c: x.mul_(0), at=3)], "mlp_out.1")
