@@ -99,6 +99,8 @@ def run(model: LoadedModel, data: MassiveData, cfg: MassiveConfig) -> Result:
     started = time.perf_counter()
     if cfg.n_draws < 1 or cfg.ratio <= 0 or cfg.floor < 0:
         raise InterpError(f"n_draws={cfg.n_draws}, ratio={cfg.ratio}, floor={cfg.floor} must be positive")
+    if data.text.ids.shape[1] < 2:
+        raise InterpError("sequences of one token predict nothing; use length of at least 2")
     if data.text.hash == data.calibration.hash:
         raise InterpError("the calibration text is the scored text; take another corpus or skip further")
     spots = scan(model, data.text, cfg.ratio, cfg.floor)

@@ -133,6 +133,8 @@ def test_bad_input_is_refused() -> None:
     data, cfg = example(model)
     with pytest.raises(InterpError, match="n_draws=0"):
         run(model, data, replace(cfg, n_draws=0))
+    with pytest.raises(InterpError, match="at least 2"):
+        run(model, MassiveData(text=record(model, (2, 1)), calibration=data.calibration), cfg)
     with pytest.raises(InterpError, match="calibration text is the scored text"):
         run(model, MassiveData(text=data.text, calibration=data.text), cfg)
 
