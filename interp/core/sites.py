@@ -2,7 +2,8 @@
 
 A `Site` is a frozen value. Its canonical text is `part.layer` (`resid_post.12`, `gate_pre.3`), a part alone
 where there is one per model (`embed`, `logits`), or a module path for any network (`features.3`, and
-`features.3@input` for what goes in). Text is parsed once, at the edge, by `FamilyTable.resolve`, which also
+`features.3@input` for what goes in), or `path:part` for a module of a known kind (`encoder.lstm:input_gate.0`).
+Text is parsed once, at the edge, by `FamilyTable.resolve`, which also
 accepts TransformerLens names and patterns (`neurons.*`, `z.{3,5}`, `resid_post.10-14`).
 
 The vocabulary is `PARTS`: for each part its meaning, its shape and its side of the non-linearity.
@@ -31,7 +32,31 @@ class Part(StrEnum):
     V = "v"
     ATTN_SCORES = "attn_scores"
     PATTERN = "pattern"
+    ATTN_GATE_PRE = "attn_gate_pre"
+    ATTN_GATE = "attn_gate"
     Z = "z"
+    MIXER_IN = "mixer_in"
+    DECAY_PRE = "decay_pre"
+    DECAY = "decay"
+    LOG_DECAY = "log_decay"
+    STEP_SIZE_PRE = "step_size_pre"
+    STEP_SIZE = "step_size"
+    WRITE_GATE_PRE = "write_gate_pre"
+    WRITE_GATE = "write_gate"
+    INPUT_GATE_PRE = "input_gate_pre"
+    INPUT_GATE = "input_gate"
+    FORGET_GATE_PRE = "forget_gate_pre"
+    FORGET_GATE = "forget_gate"
+    RESET_GATE = "reset_gate"
+    UPDATE_GATE = "update_gate"
+    CELL_INPUT = "cell_input"
+    CELL = "cell"
+    OUTPUT_GATE_PRE = "output_gate_pre"
+    OUTPUT_GATE = "output_gate"
+    HIDDEN = "hidden"
+    MIXER_OUT = "mixer_out"
+    RECEPTANCE_PRE = "receptance_pre"
+    RECEPTANCE = "receptance"
     ATTN_OUT = "attn_out"
     MLP_IN = "mlp_in"
     GATE_PRE = "gate_pre"
@@ -39,9 +64,35 @@ class Part(StrEnum):
     UP = "up"
     NEURONS_PRE = "neurons_pre"
     NEURONS = "neurons"
+    ROUTER_LOGITS = "router_logits"
+    ROUTER_EXPERTS = "router_experts"
+    ROUTER_WEIGHTS = "router_weights"
+    EXPERT_GATE_PRE = "expert_gate_pre"
+    EXPERT_GATE = "expert_gate"
+    EXPERT_UP = "expert_up"
+    EXPERT_NEURONS = "expert_neurons"
+    EXPERT_OUT = "expert_out"
+    ROUTED_OUT = "routed_out"
+    SHARED_GATE_PRE = "shared_gate_pre"
+    SHARED_GATE = "shared_gate"
+    SHARED_UP = "shared_up"
+    SHARED_NEURONS = "shared_neurons"
+    SHARED_WEIGHT_PRE = "shared_weight_pre"
+    SHARED_WEIGHT = "shared_weight"
+    SHARED_OUT = "shared_out"
     MLP_OUT = "mlp_out"
     FINAL_NORM = "final_norm"
     LOGITS = "logits"
+    CLASS_LOGITS = "class_logits"
+    SE_GATE_PRE = "se_gate_pre"
+    SE_GATE = "se_gate"
+    POSITION_GATE = "position_gate"
+    SPATIAL_GATE = "spatial_gate"
+    SKIP_GATE = "skip_gate"
+    RESIDUAL_GATE = "residual_gate"
+    EXIT_GATE = "exit_gate"
+    ROUTING = "routing"
+    MODALITY_GATE = "modality_gate"
     MODULE = "module"
 
 
@@ -65,6 +116,14 @@ _RESID = ("batch", "pos", "d_model")
 _HEADS = ("batch", "pos", "head", "d_head")
 _KV = ("batch", "pos", "kv_head", "d_head")
 _MLP = ("batch", "pos", "d_mlp")
+_EXPERTS = ("batch", "pos", "expert")
+_SLOTS = ("batch", "pos", "slot", "d_expert")
+_SHARED = ("batch", "pos", "d_shared")
+_ONE = ("batch", "pos", "one")
+_INNER = ("batch", "pos", "d_inner")
+_STATE = ("batch", "pos", "...")
+_CELL = ("batch", "pos", "d_hidden")
+_IMAGE = ("batch", "channel", "height", "width")
 _PAIRS = ("batch", "head", "query", "key")
 
 PARTS: dict[Part, PartInfo] = {
@@ -79,6 +138,30 @@ PARTS: dict[Part, PartInfo] = {
     ),
     Part.PATTERN: PartInfo("attention weights, rows sum to 1", _PAIRS, "post", "blocks.{layer}.attn.hook_pattern"),
     Part.Z: PartInfo("head outputs before W_O", _HEADS, "linear", "blocks.{layer}.attn.hook_z"),
+    Part.ATTN_GATE_PRE: PartInfo("attention's output gate, before its sigmoid", _HEADS, "pre", None),
+    Part.ATTN_GATE: PartInfo("attention's output gate: what head outputs are multiplied with", _HEADS, "post", None),
+    Part.MIXER_IN: PartInfo("what enters the recurrence, after the convolution", _INNER, "post", None),
+    Part.DECAY_PRE: PartInfo("decay of the recurrence, before its non-linearity", _STATE, "pre", None),
+    Part.LOG_DECAY: PartInfo("logarithm of the decay, at most 0", _STATE, "post", None),
+    Part.DECAY: PartInfo("factor in (0, 1] by which the state is kept", _STATE, "post", None),
+    Part.STEP_SIZE_PRE: PartInfo("step size of a state space, before the softplus", _INNER, "pre", None),
+    Part.STEP_SIZE: PartInfo("step size (delta) of a state space", _INNER, "post", None),
+    Part.WRITE_GATE_PRE: PartInfo("strength of writing to the state, before its sigmoid", _STATE, "pre", None),
+    Part.WRITE_GATE: PartInfo("strength of writing to the state (beta)", _STATE, "post", None),
+    Part.INPUT_GATE_PRE: PartInfo("input gate, before its non-linearity", _CELL, "pre", None),
+    Part.INPUT_GATE: PartInfo("input gate: how much of the new value enters", _CELL, "post", None),
+    Part.FORGET_GATE_PRE: PartInfo("forget gate, before its non-linearity", _CELL, "pre", None),
+    Part.FORGET_GATE: PartInfo("forget gate: how much of the state is kept", _CELL, "post", None),
+    Part.RESET_GATE: PartInfo("reset gate: how much of the past the new value sees", _CELL, "post", None),
+    Part.UPDATE_GATE: PartInfo("update gate: how much of the past is kept", _CELL, "post", None),
+    Part.CELL_INPUT: PartInfo("new value offered to the state", _CELL, "post", None),
+    Part.CELL: PartInfo("cell state after the step", _CELL, "linear", None),
+    Part.OUTPUT_GATE_PRE: PartInfo("output gate, before its non-linearity", _CELL, "pre", None),
+    Part.OUTPUT_GATE: PartInfo("output gate: what leaves the recurrence is multiplied with it", _CELL, "post", None),
+    Part.HIDDEN: PartInfo("hidden state after the step", _CELL, "post", None),
+    Part.MIXER_OUT: PartInfo("input of the recurrence's output projection", _INNER, "linear", None),
+    Part.RECEPTANCE_PRE: PartInfo("receptance, before its sigmoid", _INNER, "pre", None),
+    Part.RECEPTANCE: PartInfo("receptance: the gate on what a mixing block returns", _INNER, "post", None),
     Part.ATTN_OUT: PartInfo("what attention adds to the stream", _RESID, "linear", "blocks.{layer}.hook_attn_out"),
     Part.RESID_MID: PartInfo(
         "residual stream between attention and MLP", _RESID, "linear", "blocks.{layer}.hook_resid_mid"
@@ -99,10 +182,38 @@ PARTS: dict[Part, PartInfo] = {
         "blocks.{layer}.mlp.hook_post",
         ("mlp_act",),
     ),
+    Part.ROUTER_LOGITS: PartInfo("scores of all experts; the choice follows an edit", _EXPERTS, "pre", None),
+    Part.ROUTER_EXPERTS: PartInfo("numbers of the chosen experts", ("batch", "pos", "slot"), "post", None),
+    Part.ROUTER_WEIGHTS: PartInfo("weight of every expert, 0 where it was not chosen", _EXPERTS, "post", None),
+    Part.EXPERT_GATE_PRE: PartInfo("x @ W_gate of each chosen expert", _SLOTS, "pre", None),
+    Part.EXPERT_GATE: PartInfo("act(expert_gate_pre)", _SLOTS, "post", None),
+    Part.EXPERT_UP: PartInfo("x @ W_up of each chosen expert", _SLOTS, "linear", None),
+    Part.EXPERT_NEURONS: PartInfo("expert_gate * expert_up, the input of the expert's W_down", _SLOTS, "post", None),
+    Part.EXPERT_OUT: PartInfo(
+        "what each chosen expert returns, before its weight", ("batch", "pos", "slot", "d_model"), "linear", None
+    ),
+    Part.ROUTED_OUT: PartInfo("weighted sum over the chosen experts", _RESID, "linear", None),
+    Part.SHARED_GATE_PRE: PartInfo("gate_pre of the shared expert", _SHARED, "pre", None),
+    Part.SHARED_GATE: PartInfo("act(shared_gate_pre)", _SHARED, "post", None),
+    Part.SHARED_UP: PartInfo("x @ W_up of the shared expert", _SHARED, "linear", None),
+    Part.SHARED_NEURONS: PartInfo("shared_gate * shared_up", _SHARED, "post", None),
+    Part.SHARED_WEIGHT_PRE: PartInfo("gate on the shared expert, before its sigmoid", _ONE, "pre", None),
+    Part.SHARED_WEIGHT: PartInfo("gate on the shared expert: what its output is multiplied with", _ONE, "post", None),
+    Part.SHARED_OUT: PartInfo("what the shared expert returns, before its gate", _RESID, "linear", None),
     Part.MLP_OUT: PartInfo("what the MLP adds to the stream", _RESID, "linear", "blocks.{layer}.hook_mlp_out"),
     Part.RESID_POST: PartInfo("residual stream leaving the block", _RESID, "linear", "blocks.{layer}.hook_resid_post"),
     Part.FINAL_NORM: PartInfo("normed stream the unembedding reads", _RESID, "linear", None, per_layer=False),
     Part.LOGITS: PartInfo("next-token logits", ("batch", "pos", "d_vocab"), "linear", None, per_layer=False),
+    Part.CLASS_LOGITS: PartInfo("class scores", ("batch", "class"), "linear", None, per_layer=False),
+    Part.SE_GATE_PRE: PartInfo("squeeze-and-excitation gate, before its non-linearity", _IMAGE, "pre", None),
+    Part.SE_GATE: PartInfo("squeeze-and-excitation gate: a factor for each channel", _IMAGE, "post", None),
+    Part.POSITION_GATE: PartInfo("share of positional attention, per head", ("head",), "post", None),
+    Part.SPATIAL_GATE: PartInfo("spatial gate of a gMLP block", ("batch", "pos", "channel"), "linear", None),
+    Part.SKIP_GATE: PartInfo("attention gate on a skip connection (U-Net)", _IMAGE, "post", None),
+    Part.RESIDUAL_GATE: PartInfo("factor on what a residual branch adds", ("...",), "post", None),
+    Part.EXIT_GATE: PartInfo("probability of leaving at this layer", ("batch", "..."), "post", None),
+    Part.ROUTING: PartInfo("routing coefficients between capsules", ("batch", "in", "out", "..."), "post", None),
+    Part.MODALITY_GATE: PartInfo("gate between modalities", ("batch", "..."), "post", None),
     Part.MODULE: PartInfo("what a module returns, or takes (`path@input`)", ("...",), "linear", None, per_layer=False),
 }
 """The vocabulary, in the order in which a block computes it."""
@@ -112,22 +223,27 @@ HEAD_AXES = ("head", "kv_head")
 
 @dataclass(frozen=True)
 class Site:
-    """One point of a network: a part at a layer, or a module path."""
+    """One point of a network: a part at a layer, a module path, or a part of the module at a path."""
 
     part: Part
     layer: int | None = None
     path: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.part is Part.MODULE) != (self.path is not None):
-            raise SiteError("a module site needs a path, and only a module site has one")
+        if self.path is not None:
+            if self.part is Part.MODULE and self.layer is not None:
+                raise SiteError(f"a module path takes no layer, got {self.layer} for {self.path}")
+            return
+        if self.part is Part.MODULE:
+            raise SiteError("a module site needs a path")
         if PARTS[self.part].per_layer != (self.layer is not None):
             raise SiteError(f"{self.part} {'needs' if PARTS[self.part].per_layer else 'takes no'} layer")
 
     def __str__(self) -> str:
-        if self.path is not None:
-            return self.path
-        return self.part.value if self.layer is None else f"{self.part.value}.{self.layer}"
+        if self.part is Part.MODULE:
+            return str(self.path)
+        name = self.part.value if self.layer is None else f"{self.part.value}.{self.layer}"
+        return name if self.path is None else f"{self.path}:{name}"
 
     def __repr__(self) -> str:
         return f"Site({self})"

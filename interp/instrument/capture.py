@@ -28,7 +28,6 @@ from interp.core.errors import InterpError, NeverFiredError, unknown
 from interp.core.sites import Part, Site
 from interp.instrument.select import At, Scope, check_scope, columns, position_axis, selected
 from interp.models.model import LoadedModel
-from interp.models.views import read
 
 
 @dataclass
@@ -83,9 +82,7 @@ class Activations:
             raise InterpError(f"gradients were not asked for; use capture(model, [{str(site)!r}], grad=True)")
         if record.raw.grad is None:
             raise InterpError(f"no gradient has reached {site}: call backward() on something that depends on it first")
-        resolved = self.model.table.one(site)
-        reach = self.model.table.reach(resolved)
-        return read(reach, record.raw.grad, self.model.table.n_split(reach))
+        return self.model.hub.of_gradient(self.model.table.one(site), record.raw.grad, len(record.value))
 
     def stack(self, pattern: str) -> Tensor:
         """Sites of equal shape stacked along a new first axis, in layer order."""
@@ -133,10 +130,8 @@ class _Capture:
         if options.grad and generating:
             raise InterpError("generation runs without gradients; capture(grad=True) takes model(tokens)")
         if options.grad:
-            raw.requires_grad_() if not raw.requires_grad else raw.retain_grad()
             where = torch.arange(value.shape[axis] if axis is not None else 0)
-            reach = self.model.table.reach(site)
-            self._keep(site, Record(read(reach, raw, self.model.table.n_split(reach)), raw, where, None))
+            self._keep(site, Record(value, raw, where, None))
             return
         where = columns(call, value.shape[axis]) if axis is not None else torch.arange(0)
         kept, picked = value, False
@@ -154,7 +149,7 @@ class _Capture:
         larger = value.untyped_storage().nbytes() > 1.5 * value.numel() * value.element_size()
         shared = site.part is Part.LOGITS or value.data_ptr() in self.model.hub.held
         self.model.hub.held.add(value.data_ptr())
-        return self.options.snapshot or site.part is Part.MODULE or larger or shared or value.is_inference()
+        return self.options.snapshot or site.path is not None or larger or shared or value.is_inference()
 
     def _pick(self, site: Site, value: Tensor, where: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Copy of the wanted positions; while generating, only those not seen before."""
@@ -269,9 +264,6 @@ def capture(
         raise InterpError("no sites were asked for; model.sites() lists them")
     if grad and (positions is not None or heads is not None or dtype is not None or device is not None):
         raise InterpError("grad=True keeps whole tensors where they are; drop positions, heads, dtype and device")
-    aside = [site for site in found if model.table.reach(site).side == "attention"]
-    if grad and aside:
-        raise InterpError(f"{aside[0]} is recomputed beside the forward, so no gradient reaches it; take q, k or z")
     chosen = _heads(model, found, heads)
     options = _Options(
         at=positions, heads=chosen, grad=grad, dtype=dtype, device=device, scope=scope, snapshot=snapshot,
@@ -286,7 +278,8 @@ def capture(
         with ExitStack() as attached:
             for site in found:
                 reader = partial(collector.reader, site)
-                attached.callback(model.hub.add_reader(site, reader, chosen if _has_heads(site) else None))
+                wanted = chosen if _has_heads(site) else None
+                attached.callback(model.hub.add_reader(site, reader, wanted, grad=grad))
             yield collector.acts
             collector.finish(time.perf_counter() - started)
     finally:

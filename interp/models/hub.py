@@ -10,17 +10,23 @@ cache, which are padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from interp.core.errors import SiteError
 from interp.core.sites import Part, Site
 from interp.models.attention import AttentionCall, softmax, tap
-from interp.models.table import FamilyTable, Reach
-from interp.models.views import check_same, first_tensor, read, replace_first, write
+from interp.models.calls import Call, call_of
+from interp.models.family import ModuleCall, Reach
+from interp.models.inside import OpScope
+from interp.models.replays import Watcher, replayed
+from interp.models.table import FamilyTable
+from interp.models.views import Arguments, Frame, check_same, read, view_of, write
 
 Writer = Callable[[Tensor], Tensor]
 Reader = Callable[[Tensor, Tensor], None]
@@ -31,31 +37,27 @@ class StopForward(BaseException):
     """Raised inside a forward once everything asked for has been seen; `LoadedModel` catches it."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """One forward call of the whole model."""
-
-    n_pos: int
-    past: int
-    """Positions already in the key-value cache."""
-    mask: Tensor | None
-    """Bool (batch, past + pos): True where there is a real token; `None` where all are."""
-    prompt: int | None
-    """Length of the prompt while generating, else `None`."""
-    generation: int = 0
-    """Which generation of this model it belongs to."""
-
-
-@dataclass
+@dataclass(eq=False)
 class _Place:
     """The readers and writers of one (module, side)."""
 
-    writers: list[tuple[Site, Reach, Writer]] = field(default_factory=list[tuple[Site, Reach, Writer]])
-    readers: list[tuple[Site, Reach, Reader, Sequence[int] | None]] = field(
-        default_factory=list[tuple[Site, Reach, Reader, Sequence[int] | None]]
-    )
-    carried: list[Tensor] = field(default_factory=list[Tensor])
+    writers: list[Watcher] = field(default_factory=list[Watcher])
+    readers: list[Watcher] = field(default_factory=list[Watcher])
     remove: Callable[[], None] = lambda: None
+
+    @property
+    def wants_grad(self) -> bool:
+        return any(entry.grad for entry in self.readers)
+
+
+@dataclass(eq=False)
+class _Carry:
+    """An edited stream that a skip connection has to take along: the block's output is stream + what was added."""
+
+    users: int = 0
+    stream: Tensor | None = None
+    added: Tensor | None = None
+    undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
 
 
 class HookHub:
@@ -66,6 +68,8 @@ class HookHub:
         self.call: Call | None = None
         self.prompt: int | None = None
         """Set by `LoadedModel.generate` for its duration."""
+        self.seen = 0
+        """Positions this generation has computed so far."""
         self.n_forward = 0
         """Number of the forward that is running, from 1."""
         self.held: set[int] = set()
@@ -76,47 +80,66 @@ class HookHub:
         """Whether a `StopForward` would be caught."""
         self.stoppers = 0
         """Open captures that are content once their sites have fired."""
+        self._outer: Call | None = None
         self.pending: list[Callable[[], bool]] = []
         """One per open context: whether it still waits for a site (or forbids stopping)."""
-        self._places: dict[tuple[str, str], _Place] = {}
+        self._places: dict[tuple[Any, ...], _Place] = {}
+        self._scopes: dict[str, OpScope] = {}
+        self._carries: dict[str, _Carry] = {}
         self._root: list[RemovableHandle] = []
 
     def add_writer(self, site: Site, writer: Writer) -> Callable[[], None]:
         """Edit a site: the writer gets its view and returns a new one of equal shape. Returns what undoes it."""
         reach = self.table.reach(site)
-        place, entry = self._place(reach), (site, reach, writer)
+        if reach.instead:
+            raise SiteError(f"{site} can only be read; edit {replace(site, part=reach.instead)}, from which it follows")
+        place, entry = self._place(reach), Watcher(site, reach, writer)
         place.writers.append(entry)
-        carry = (Site(Part.MODULE, path=reach.carry), Reach(path=reach.carry), _same) if reach.carry else None
-        if carry:
-            self._place(carry[1]).writers.append(carry)
+        if reach.carry:
+            self._begin_carry(site, reach.carry, reach.carry_plus)
 
         def undo() -> None:
-            _drop(place.writers, entry)
-            if carry:
-                _drop(self._place(carry[1]).writers, carry)
+            place.writers.remove(entry)
+            if reach.carry:
+                self._end_carry(reach.carry)
             self._clean()
 
         return undo
 
-    def add_reader(self, site: Site, reader: Reader, heads: Sequence[int] | None = None) -> Callable[[], None]:
-        """Watch a site, after all edits. `heads` limits what is recomputed for scores and patterns."""
+    def add_reader(
+        self, site: Site, reader: Reader, heads: Sequence[int] | None = None, *, grad: bool = False
+    ) -> Callable[[], None]:
+        """Watch a site, after all edits. `heads` limits what is recomputed for scores and patterns; with `grad` the
+        value is made part of the graph, and the reader gets the tensor whose gradient `of_gradient` understands.
+        """
         reach = self.table.reach(site)
-        place, entry = self._place(reach), (site, reach, reader, heads)
+        place, entry = self._place(reach), Watcher(site, reach, reader, heads, grad)
         place.readers.append(entry)
 
         def undo() -> None:
-            _drop(place.readers, entry)
+            place.readers.remove(entry)
             self._clean()
 
         return undo
+
+    def of_gradient(self, site: Site, gradient: Tensor, n_rows: int) -> Tensor:
+        """The site's view of the gradient of the raw tensor its reader was given."""
+        reach = self.table.reach(site)
+        return gradient if reach.side in ("replay", "attention") else view_of(self._frame(reach, n_rows), gradient)
 
     def stop_if_done(self) -> None:
         """End the forward if nobody waits for more."""
         if self.stoppable and self.stoppers and not any(waits() for waits in self.pending):
             raise StopForward
 
+    def abort(self) -> None:
+        """The forward has ended, however it did."""
+        for scope in reversed(self._scopes.values()):
+            scope.stop()
+        self.call = None
+
     def _place(self, reach: Reach) -> _Place:
-        key = (reach.path, reach.side)
+        key = (reach.path, reach.side, reach.op, reach.nth, reach.replay)
         if key not in self._places:
             place = _Place()
             place.remove = self._install(place, reach)
@@ -124,7 +147,7 @@ class HookHub:
         if not self._root:
             self._root = [
                 self.module.register_forward_pre_hook(self._begin, with_kwargs=True),
-                self.module.register_forward_hook(self._end, always_call=True),
+                self.module.register_forward_hook(lambda *_: self.abort(), always_call=True),
             ]
         return self._places[key]
 
@@ -132,92 +155,162 @@ class HookHub:
         module = self.table.module.get_submodule(reach.path)
         if reach.side == "attention":
             return tap(module, lambda call, output: self._attend(place, call, output))
-        if reach.side == "output":
-            return module.register_forward_hook(lambda _m, _a, out: self._pass(place, reach.path, out)).remove
+        if reach.side == "op":
+            return self._watch(place, reach, module)
+        if reach.side == "replay":
 
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                changed = self._pass(place, reach.path, args[0])
-                return None if changed is None else ((changed, *args[1:]), kwargs)
-            name = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
-            changed = self._pass(place, reach.path, kwargs[name]) if name else None
-            return None if changed is None else (args, {**kwargs, name: changed})
+            def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                return self._replay(place, ModuleCall(module=module, args=args, kwargs=kwargs, output=output))
+
+            return module.register_forward_hook(after, with_kwargs=True).remove
+        if reach.side == "output":
+            return module.register_forward_hook(lambda m, _a, out: self._pass(place, m, out)).remove
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._pass(place, module, Arguments((args, kwargs)))
 
         return module.register_forward_pre_hook(before, with_kwargs=True).remove
 
-    def _pass(self, place: _Place, path: str, value: Any) -> Any:
+    def _watch(self, place: _Place, reach: Reach, module: nn.Module) -> Callable[[], None]:
+        if reach.path not in self._scopes:
+            self._scopes[reach.path] = OpScope(module)
+        scope, key = self._scopes[reach.path], (str(reach.op), reach.nth)
+        scope.watched[key] = partial(self._pass, place, module)
+
+        def remove() -> None:
+            del scope.watched[key]
+            if not scope.watched:
+                scope.remove()
+                del self._scopes[reach.path]
+
+        return remove
+
+    def _frame(self, reach: Reach, n_rows: int | None) -> Frame:
+        module = self.table.module.get_submodule(reach.path)
+        return Frame(module=module, reach=reach, n_heads=self.table.n_split(reach), n_rows=n_rows)
+
+    def _pass(self, place: _Place, module: nn.Module, value: Any) -> Any:
         """Run writers, then readers; the new value, or `None` if it is unchanged."""
-        raw = original = first_tensor(value, path)
-        while place.carried:
-            raw = raw + place.carried.pop(0)
-        for site, reach, writer in place.writers:
-            n_heads = self.table.n_split(reach)
-            old = read(reach, raw, n_heads)
-            new = writer(old)
+        original, n_rows = value, self.call.n_rows if self.call else None
+        for entry in place.writers:
+            frame = self._frame(entry.reach, n_rows)
+            old, _ = read(frame, value)
+            new = entry.act(old)
             if new is old:
                 continue
-            before, raw = raw, write(reach, raw, check_same(str(site), old, new), n_heads)
-            if reach.carry:
-                self._place(Reach(path=reach.carry)).carried.append(raw - before)
-        for _, reach, reader, heads in list(place.readers):
-            view = read(reach, raw, self.table.n_split(reach))
-            reader(view if heads is None else view[:, :, list(heads)], raw)
+            value = write(frame, value, check_same(str(entry.site), old, new))
+            if entry.reach.carry:
+                self._carries[entry.reach.carry].stream = read(frame, value)[1]
+        for entry in list(place.readers):
+            frame = self._frame(entry.reach, n_rows)
+            view, raw = read(frame, value)
+            if entry.grad:
+                _into_graph(raw)
+                if entry.reach.whole:  # the view is computed beside the value: put it in the path
+                    value = write(frame, value, view)
+                else:
+                    view = view_of(frame, raw)
+            entry.act(view if entry.heads is None else view[:, :, list(entry.heads)], raw)
         self.stop_if_done()
-        return None if raw is original else replace_first(value, raw)
+        return None if value is original else value
+
+    def _replay(self, place: _Place, call: ModuleCall) -> Any:
+        output = replayed(call, place.writers, place.readers, self._at_step, grad=place.wants_grad)
+        self.stop_if_done()
+        return output
+
+    def _at_step(self, step: int | None, n_steps: int) -> None:
+        """Tell edits which time step they see; `None` puts the call of the whole sequence back."""
+        if step is None:
+            self.call, self._outer = self._outer, None
+            return
+        self._outer = self._outer or self.call
+        rows = self._outer.n_rows if self._outer else 1
+        self.call = Call(n_rows=rows, n_pos=1, past=step, mask=None, prompt=n_steps)
 
     def _attend(self, place: _Place, call: AttentionCall, output: Tensor) -> Tensor:
         past = self.call.past if self.call else None
         n_gone = max(0, self.call.past + self.call.n_pos - call.key.shape[2]) if self.call else 0
-        if place.writers:
-            scores = call.scores(None, n_gone, past)
-            plain = softmax(scores)
-            rewritten = self._rewrite(place, Part.ATTN_SCORES, scores)
-            masked = scores == torch.finfo(scores.dtype).min
-            changed_scores = scores if rewritten is scores else torch.where(masked, scores, rewritten)
-            before = plain if changed_scores is scores else softmax(changed_scores)
-            pattern = self._rewrite(place, Part.PATTERN, before)
-            moved = (pattern != plain).any(dim=3).transpose(1, 2)
-            if bool(moved.any()):
-                output = torch.where(moved[..., None], call.outputs(pattern[..., n_gone:]), output)
-            known = {Part.ATTN_SCORES: changed_scores, Part.PATTERN: pattern}
-            for site, _, reader, heads in list(place.readers):
-                value = known[site.part]
-                reader(value if heads is None else value[:, list(heads)], value)
+        if place.writers or place.wants_grad:
+            output = self._attend_again(place, call, output, n_gone, past)
         else:
             made: dict[tuple[int, ...] | None, Tensor] = {}
-            for site, _, reader, heads in list(place.readers):
-                key = None if heads is None else tuple(heads)
+            for entry in list(place.readers):
+                key = None if entry.heads is None else tuple(entry.heads)
                 if key not in made:
-                    made[key] = call.scores(heads, n_gone, past)
-                value = made[key] if site.part is Part.ATTN_SCORES else softmax(made[key])
-                reader(value, value)
+                    made[key] = call.scores(entry.heads, n_gone, past)
+                value = made[key] if entry.site.part is Part.ATTN_SCORES else softmax(made[key])
+                entry.act(value, value)
         self.stop_if_done()
         return output
 
+    def _attend_again(
+        self, place: _Place, call: AttentionCall, output: Tensor, n_gone: int, past: int | None
+    ) -> Tensor:
+        """Edits of scores and pattern take effect; with gradients, the output depends on them."""
+        plain_scores = call.scores(None, n_gone, past)
+        scores = self._rewrite(place, Part.ATTN_SCORES, plain_scores)
+        if scores is not plain_scores:
+            masked = plain_scores == torch.finfo(scores.dtype).min
+            scores = torch.where(masked, plain_scores, scores)
+        self._show(place, Part.ATTN_SCORES, scores)
+        plain = softmax(plain_scores)
+        pattern = self._rewrite(place, Part.PATTERN, plain if scores is plain_scores else softmax(scores))
+        self._show(place, Part.PATTERN, pattern)
+        again = call.outputs(pattern[..., n_gone:])
+        if place.wants_grad:
+            output = output.detach() + (again - again.detach())
+        moved = (pattern != plain).any(dim=3).transpose(1, 2)
+        return torch.where(moved[..., None], again, output) if bool(moved.any()) else output
+
     def _rewrite(self, place: _Place, part: Part, value: Tensor) -> Tensor:
-        for site, _, writer in place.writers:
-            if site.part is part:
-                value = check_same(str(site), value, writer(value))
+        for entry in place.writers:
+            if entry.site.part is part:
+                value = check_same(str(entry.site), value, entry.act(value))
         return value
 
-    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.n_forward += 1
-        for place in self._places.values():
-            place.carried.clear()
-        ids = next(
-            (x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if isinstance(x, Tensor)), None
-        )
-        if ids is None or ids.ndim < 2:
-            self.call = None
-            return
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = kwargs.get("attention_mask")
-        mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self.call = Call(n_pos=ids.shape[1], past=past, mask=mask, prompt=self.prompt, generation=self.generation)
+    def _show(self, place: _Place, part: Part, value: Tensor) -> None:
+        for entry in list(place.readers):
+            if entry.site.part is part:
+                if entry.grad:
+                    _into_graph(value)
+                entry.act(value if entry.heads is None else value[:, list(entry.heads)], value)
 
-    def _end(self, *_: Any) -> None:
-        self.call = None
+    def _begin_carry(self, site: Site, path: str, added: Part) -> None:
+        """Make the block's output follow an edited stream: stream + what the sublayer added, as the block itself."""
+        carry = self._carries.setdefault(path, _Carry())
+        carry.users += 1
+        if carry.users > 1:
+            return
+
+        def keep(_view: Tensor, raw: Tensor) -> None:
+            carry.added = raw
+
+        def join(output: Tensor) -> Tensor:
+            stream, carry.stream = carry.stream, None
+            return output if stream is None or carry.added is None else stream + carry.added
+
+        place = self._place(Reach(path=path))
+        entry = Watcher(Site(Part.MODULE, path=path), Reach(path=path), join)
+        place.writers.insert(0, entry)
+        carry.undo = [self.add_reader(replace(site, part=added), keep), lambda: place.writers.remove(entry)]
+
+    def _end_carry(self, path: str) -> None:
+        carry = self._carries[path]
+        carry.users -= 1
+        if not carry.users:
+            del self._carries[path]
+            for undo in carry.undo:
+                undo()
+
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.abort()
+        self.n_forward += 1
+        for carry in self._carries.values():
+            carry.stream = carry.added = None
+        self.call = call_of(args, kwargs, self.prompt, self.generation, self.seen)
+        if self.call and self.prompt is not None:
+            self.seen = self.call.past + self.call.n_pos
 
     def _clean(self) -> None:
         for key, place in list(self._places.items()):
@@ -231,13 +324,9 @@ class HookHub:
             self.held.clear()
 
 
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
-def _drop(entries: list[Any], entry: Any) -> None:
-    """Remove exactly this entry, by identity."""
-    for index, candidate in enumerate(entries):
-        if candidate is entry:
-            del entries[index]
-            return
+def _into_graph(value: Tensor) -> None:
+    """Have autograd keep the gradient of this tensor."""
+    if value.requires_grad:
+        value.retain_grad()
+    else:
+        value.requires_grad_()

@@ -138,7 +138,7 @@ def _from_hub(name: str, tokenizer: Any, **place: Any) -> LoadedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, InterpError):
             raise
-        known = [*BUNDLED, *(TINY + family for family in ("llama", "gemma3", "gpt2"))]
+        known = [*BUNDLED, *(TINY + family for family in tiny_names())]
         close = nearest(name, known)
         hints = [f"{n} ({BUNDLED[n].install})" if n in BUNDLED and not BUNDLED[n].installed else n for n in close]
         raise InterpError(

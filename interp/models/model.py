@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -15,8 +15,9 @@ from interp.core.hash import hash_tensors
 from interp.core.manifest import ModelRecord
 from interp.core.sites import Site
 from interp.models.families import bind
+from interp.models.family import Dims
 from interp.models.hub import HookHub, StopForward
-from interp.models.table import Dims, FamilyTable
+from interp.models.table import FamilyTable
 
 
 @runtime_checkable
@@ -125,7 +126,7 @@ class LoadedModel:
         """Run the model. Token ids `Int[Tensor, "batch pos"]` or a token record give logits (batch, pos, d_vocab);
         anything else is handed to the module as it is. Ends early, with a `Stopped`, if open captures are content.
         """
-        args, named = self._inputs(inputs, kwargs)
+        args, named = self.arguments(inputs, kwargs)
         before, self.hub.stoppable = self.hub.stoppable, True
         try:
             with torch.set_grad_enabled(self.wants_grad > 0):
@@ -133,13 +134,18 @@ class LoadedModel:
         except StopForward:
             return Stopped()
         finally:
-            self.hub.stoppable, self.hub.call = before, None
+            self.hub.stoppable = before
+            self.hub.abort()
         logits = getattr(output, "logits", None)
         return output if logits is None else logits
 
-    def _inputs(self, inputs: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, inputs: Any, more: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the module is called with: token ids and mask by keyword, pixels by keyword, anything else as it is."""
+        kwargs = dict(more or {})
         if not self.is_transformers:
             return (inputs.ids if hasattr(inputs, "ids") else inputs,), kwargs
+        if self.table.family is not None and self.table.family.inputs == "pixels":
+            return (), {"pixel_values": inputs.to(self.device, self.dtype), **kwargs}
         ids, mask = (
             (inputs.ids, inputs.mask) if hasattr(inputs, "ids") else (inputs, kwargs.pop("attention_mask", None))
         )
@@ -167,7 +173,7 @@ class LoadedModel:
         """Greedy continuation by `n_new` tokens (always that many), prompt included. Left-pad unequal prompts."""
         if not self.is_transformers:
             raise InterpError(f"{self.source} cannot generate: it is not a transformers causal language model")
-        _, named = self._inputs(inputs, {})
+        _, named = self.arguments(inputs, {})
         mask = named.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise InterpError("generation needs left padding: the last position of some prompt is padding")
@@ -181,11 +187,12 @@ class LoadedModel:
     @contextmanager
     def _generating(self, prompt: int) -> Generator[None, None, None]:
         before, self.hub.prompt = self.hub.prompt, prompt
-        self.hub.generation += 1
+        self.hub.generation, self.hub.seen = self.hub.generation + 1, 0
         try:
             yield
         finally:
-            self.hub.prompt, self.hub.call = before, None
+            self.hub.prompt = before
+            self.hub.abort()
 
     def __repr__(self) -> str:
         shape = ", ".join(f"{k}={v}" for k, v in vars(self.dims).items() if v is not None)

@@ -51,7 +51,9 @@ class ProbeReport:
     n_sites: int
     checks: tuple[Check, ...]
     unfired: tuple[str, ...] = field(default=())
-    """Modules without children whose hook did not run: sites there cannot be captured."""
+    """Sites that never fired."""
+    silent: tuple[str, ...] = field(default=())
+    """Modules without children that a forward does not run: a function uses their weights, or nothing does."""
 
     @property
     def passed(self) -> bool:
@@ -103,10 +105,11 @@ def _report(model: LoadedModel, inputs: Tensor, *, full: bool) -> ProbeReport:
     missing = [site for site in sites if site not in values]
     if model.table.family is not None:
         checks += [_check("the site fires", str(site), 1.0, 0.0) for site in missing]
-        checks += list(_shapes(model, values, inputs))
         checks += list(_identities(model, values)) if not missing else []
+    checks += list(_shapes(model, values, inputs))
+    checks += list(_rules(model, values, tolerance(model.dtype)))
     if full:
-        fired = [site for site in sites if site in values]
+        fired = [site for site in sites if site in values and not model.table.reach(site).instead]
         checks.append(_write_back(model, inputs, untouched, fired))
         checks += list(_edits(model, inputs, untouched, fired))
     return ProbeReport(
@@ -116,7 +119,22 @@ def _report(model: LoadedModel, inputs: Tensor, *, full: bool) -> ProbeReport:
         n_sites=len(sites),
         checks=tuple(checks),
         unfired=tuple(str(site) for site in missing),
+        silent=_silent(model, inputs) if full else (),
     )
+
+
+def _silent(model: LoadedModel, inputs: Tensor) -> tuple[str, ...]:
+    leaves = {path: module for path, module in model.table.modules.items() if not list(module.children())}
+    fired: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda _m, _a, _o, path=path: fired.add(path)) for path, module in leaves.items()
+    ]
+    try:
+        model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(path for path in leaves if path not in fired)
 
 
 def _check(name: str, site: str, value: float, limit: float, note: str = "") -> Check:
@@ -124,7 +142,7 @@ def _check(name: str, site: str, value: float, limit: float, note: str = "") -> 
 
 
 def _tensor(output: object) -> Tensor:
-    found = getattr(output, "logits", output)
+    found = getattr(output, "logits", getattr(output, "last_hidden_state", output))
     if not isinstance(found, Tensor):
         raise InterpError(f"the model returns {type(output).__name__}; the probe needs a tensor or `.logits`")
     return found
@@ -132,8 +150,9 @@ def _tensor(output: object) -> Tensor:
 
 def _untouched(model: LoadedModel, inputs: Tensor) -> Tensor:
     """The module's own answer, called with no hook of ours anywhere."""
+    args, named = model.arguments(inputs)
     with torch.no_grad():
-        return _tensor(model.module(inputs))
+        return _tensor(model.module(*args, **named))
 
 
 def _capture_all(model: LoadedModel, inputs: Tensor, sites: list[Site], values: dict[Site, Tensor]) -> Tensor:
@@ -149,12 +168,15 @@ def _capture_all(model: LoadedModel, inputs: Tensor, sites: list[Site], values: 
 
 
 def _shapes(model: LoadedModel, values: dict[Site, Tensor], inputs: Tensor) -> Iterator[Check]:
-    n_rows, n_pos = inputs.shape
-    given = {"batch": n_rows, "pos": n_pos, "query": n_pos, "key": n_pos}
+    n_rows, n_pos = len(inputs), inputs.shape[1]
+    given = {"batch": n_rows} | ({"pos": n_pos, "query": n_pos, "key": n_pos} if inputs.ndim == 2 else {})
     for site, value in values.items():
-        expected = tuple(given.get(axis, model.dims.size(axis)) for axis in site.info.axes)
-        if tuple(value.shape) != expected:
-            note = f"{tuple(value.shape)} instead of {expected}"
+        axes = model.table.axes(site)
+        expected = tuple(given.get(axis, model.dims.size(axis)) for axis in axes if axis != "...")
+        known = zip(value.shape, expected, strict=False)
+        fits = value.ndim >= len(expected) if "..." in axes else value.ndim == len(expected)
+        if not fits or any(wanted not in (None, size) for size, wanted in known):
+            note = f"{tuple(value.shape)} instead of {dict(zip(axes, expected, strict=False))}"
             yield _check("shape as the vocabulary says", str(site), 1.0, 0.0, note)
 
 
@@ -180,7 +202,7 @@ SUMS = (
 def _identities(model: LoadedModel, values: dict[Site, Tensor]) -> Iterator[Check]:
     limit = tolerance(model.dtype)
     for layer in range(model.n_layers):
-        local = {site.part: value for site, value in values.items() if site.layer == layer}
+        local = {s.part: value for s, value in values.items() if s.layer == layer and s.path is None}
         yield from _linear(model, layer, local, limit)
         for stream, before, added in SUMS:
             if {stream, before, added} <= set(local):
@@ -195,6 +217,23 @@ def _identities(model: LoadedModel, values: dict[Site, Tensor]) -> Iterator[Chec
     final, logits = values.get(Site(Part.FINAL_NORM)), values.get(Site(Part.LOGITS))
     if final is not None and logits is not None:
         yield _close("final_norm @ W_U == logits", "logits", _product(model, "W_U", None, final), logits, limit)
+
+
+def _rules(model: LoadedModel, values: dict[Site, Tensor], limit: float) -> Iterator[Check]:
+    """Identities of the family and of known blocks, wherever all their parts are."""
+    table = model.table
+    groups: dict[tuple[str | None, int | None], dict[Part, Tensor]] = {}
+    for site, value in values.items():
+        if site.part is not Part.MODULE:
+            groups.setdefault((site.path, site.layer), {})[site.part] = value
+    for (path, layer), local in groups.items():
+        rules = table.blocks[path].rules if path is not None else table.family.rules if table.family else ()
+        for rule in rules:
+            if {rule.result, *rule.inputs} <= set(local):
+                site = Site(rule.result, layer, path=path)
+                with torch.no_grad():
+                    left = rule.function(table.part_module(site), *(local[part] for part in rule.inputs))
+                yield _close(rule.text, str(site), left, local[rule.result], limit)
 
 
 def _linear(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: float) -> Iterator[Check]:
@@ -263,11 +302,11 @@ def _edits(model: LoadedModel, inputs: Tensor, untouched: Tensor, sites: list[Si
     for site in sites:
         groups.setdefault(site.part, []).append(site)
     for part, members in groups.items():
-        if part is Part.MODULE:
+        if part is Part.MODULE or model.table.axes(members[0])[0] != "batch":
             for site in members:
                 yield _moved(site, _disturbed(model, inputs, [(site, None)]), untouched, slice(None))
             continue
-        rows = inputs[:1].expand(len(members), -1)
+        rows = inputs[:1].expand(len(members), *[-1] * (inputs.ndim - 1))
         changed = _disturbed(model, rows, [(site, row) for row, site in enumerate(members)])
         for row, site in enumerate(members):
             yield _moved(site, changed, untouched[:1], slice(row, row + 1))

@@ -1,93 +1,20 @@
-"""Family tables: an architecture is data, not code.
+"""Family tables: a `Family` bound to one module.
 
-A `Family` says, for each part of the vocabulary, which module holds it and on which side (`Reach`), and where the
-weights are (`Weight`). A `FamilyTable` binds a family to one module: it lists the sites, resolves names and patterns,
-and turns a site into a place to hook. A network of no known family gets a table whose sites are its module paths.
+The table lists the sites, resolves names and patterns, and turns a site into a place to hook. A network of no known
+family gets a table whose sites are its module paths, and those of the blocks it contains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 from torch import Tensor, nn
 
 from interp.core.errors import SiteError, unknown
 from interp.core.sites import PARTS, Part, Site, expand, is_glob, matches
-
-Side = Literal["input", "output", "attention"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reach:
-    """Where one part lives: a module's input or output, or the inside of its attention function."""
-
-    path: str
-    """Module path; `{layer}` stands for the block's number."""
-    side: Side = "output"
-    heads: Literal["n_heads", "n_kv_heads"] | None = None
-    """The last axis is split into this many heads."""
-    head_major: bool = False
-    """The module holds (batch, head, pos, d_head); the site is (batch, pos, head, d_head)."""
-    chunk: tuple[int, int] | None = None
-    """The part is chunk i of n of the last axis, as (i, n)."""
-    carry: str | None = None
-    """Module whose output also takes the change: a skip connection saved the tensor before this module ran."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """A weight in `x @ W` orientation: which parameter, and how to turn it."""
-
-    path: str
-    transpose: bool = True
-    heads: Literal["n_heads", "n_kv_heads"] | None = None
-    """W_O only: split its input axis into (head, d_head)."""
-    chunk: tuple[int, int] | None = None
-    """Chunk i of n of the output axis."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One architecture."""
-
-    name: str
-    model_types: tuple[str, ...]
-    """`config.model_type` values this table is for."""
-    blocks: str
-    """Path of the list of blocks."""
-    parts: Mapping[Part, Reach]
-    weights: Mapping[str, Weight]
-    act: str | None = None
-    """Path of the MLP's non-linearity."""
-    down: str | None = None
-    """Path of the projection that reads `neurons`."""
-    out: str | None = None
-    """Path of the projection that reads `z`."""
-    after_attn: str | None = None
-    after_mlp: str | None = None
-    """Norms between a sublayer's projection and the stream (Gemma)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dims:
-    """Sizes read from real tensors; `None` where the network has no such thing."""
-
-    n_layers: int | None = None
-    d_model: int | None = None
-    n_heads: int | None = None
-    n_kv_heads: int | None = None
-    d_head: int | None = None
-    d_mlp: int | None = None
-    d_vocab: int | None = None
-    n_ctx: int | None = None
-
-    def size(self, axis: str) -> int | None:
-        """Size of a named axis; `None` if it depends on the input."""
-        names = {"head": "n_heads", "kv_head": "n_kv_heads"}
-        return getattr(self, names.get(axis, axis), None)
+from interp.models.family import Block, Dims, Family, Reach, Side, Weight, block_of
 
 
 @dataclass(frozen=True)
@@ -108,13 +35,45 @@ class FamilyTable:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Every site, in the order in which the model computes them."""
+        """Every site, in the order in which the model computes them; module paths where no family is known."""
         if self.family is None:
-            return tuple(Site(Part.MODULE, path=path) for path in self.modules)
-        first = [Site(part) for part in (Part.EMBED,) if part in self.family.parts]
-        last = [Site(part) for part in (Part.FINAL_NORM, Part.LOGITS) if part in self.family.parts]
-        block = [part for part in PARTS if PARTS[part].per_layer and part in self.family.parts]
-        return (*first, *(Site(part, layer) for layer in range(self.dims.n_layers or 0) for part in block), *last)
+            return (*self.block_sites, *(Site(Part.MODULE, path=path) for path in self.modules))
+        parts = [part for part in PARTS if part in self.family.parts]
+        alone = [Site(part) for part in parts if not PARTS[part].per_layer and self._found(part, None)]
+        layers = [
+            Site(part, layer)
+            for layer in range(self.dims.n_layers or 0)
+            for part in parts
+            if PARTS[part].per_layer and self._found(part, layer)
+        ]
+        first = [site for site in alone if site.part is Part.EMBED]
+        return (*first, *layers, *self.block_sites, *(site for site in alone if site.part is not Part.EMBED))
+
+    @cached_property
+    def blocks(self) -> dict[str, Block]:
+        """Modules of a known kind, by path."""
+        return {path: block for path, module in self.modules.items() if (block := block_of(module))}
+
+    @cached_property
+    def block_sites(self) -> tuple[Site, ...]:
+        """`path:part`, or `path:part.layer` for stacked recurrent layers."""
+        return tuple(
+            Site(part, layer, path=path)
+            for path, block in self.blocks.items()
+            for layer in (range(block.layers(self.modules[path])) if block.layers else (None,))
+            for part in PARTS
+            if part in block.parts
+        )
+
+    def _found(self, part: Part, layer: int | None) -> Reach | None:
+        """The reach of a part at a layer, paths filled in; `None` if this layer has no such thing."""
+        reaches = self.family.parts.get(part, ()) if self.family else ()
+        for reach in (reaches,) if isinstance(reaches, Reach) else reaches:
+            path = reach.path.format(layer=layer)
+            if path in self.modules:
+                carry = reach.carry.format(layer=layer) if reach.carry else None
+                return replace(reach, path=path, carry=carry)
+        return None
 
     @cached_property
     def names(self) -> dict[str, Site]:
@@ -154,39 +113,53 @@ class FamilyTable:
         if name.removesuffix("@input") in self.modules:
             return [Site(Part.MODULE, path=name)]
         stem, _, layer = name.rpartition(".")
-        if layer.isdigit() and f"{stem}.0" in self.names:
-            raise SiteError(f"no layer {layer} in {name!r}: this model has layers 0 to {(self.dims.n_layers or 1) - 1}")
+        known = [site for key, site in self.names.items() if key.rpartition(".")[0] == stem]
+        if layer.isdigit() and any(site.layer is not None for site in known):
+            have = _spans([site.layer for site in known if site.layer is not None])
+            raise SiteError(f"no layer {layer} in {name!r}: layers with {stem}: {have}")
         raise unknown("site", name, [*self.names, *self.modules], error=SiteError)
 
     def reach(self, site: Site) -> Reach:
         """Where to hook: the module path with the layer filled in."""
         if site.path is not None:
-            path = site.path.removesuffix("@input")
-            if path not in self.modules:
-                raise unknown("module", path, self.modules, error=SiteError)
-            return Reach(path=path, side="input" if site.path.endswith("@input") else "output")
-        if self.family is None or site.part not in self.family.parts:
-            raise unknown("site", str(site), self.names or self.modules, error=SiteError)
+            return self._reach_path(site, site.path)
         if site.layer is not None and not 0 <= site.layer < (self.dims.n_layers or 0):
-            raise SiteError(
-                f"no layer {site.layer} in {site}: this model has layers 0 to {(self.dims.n_layers or 1) - 1}"
-            )
-        template = self.family.parts[site.part]
-        carry = template.carry.format(layer=site.layer) if template.carry else None
-        return replace(template, path=template.path.format(layer=site.layer), carry=carry)
+            if self.family and site.part in self.family.parts:
+                raise SiteError(
+                    f"no layer {site.layer} in {site}: this model has layers 0 to {(self.dims.n_layers or 1) - 1}"
+                )
+            raise unknown("site", str(site), self.names or self.modules, error=SiteError)
+        found = self._found(site.part, site.layer)
+        if found is None:
+            have = [layer for layer in range(self.dims.n_layers or 0) if self._found(site.part, layer)]
+            if have:
+                raise SiteError(f"no {site}: layers with {site.part}: {_spans(have)}")
+            raise unknown("site", str(site), self.names or self.modules, error=SiteError)
+        return found
+
+    def _reach_path(self, site: Site, path: str) -> Reach:
+        side: Side = "input" if path.endswith("@input") else "output"
+        path = path.removesuffix("@input")
+        if path not in self.modules:
+            raise unknown("module", path, self.modules, error=SiteError)
+        if site.part is Part.MODULE:
+            return Reach(path=path, side=side)
+        if site not in self.block_sites:
+            raise unknown("site", str(site), self.names, error=SiteError)
+        reach = self.blocks[path].parts[site.part]
+        return replace(reach, path=".".join(filter(None, (path, reach.path))))
 
     def n_split(self, reach: Reach) -> int | None:
         """How many heads the last axis is split into."""
         return getattr(self.dims, reach.heads) if reach.heads else None
 
+    def axes(self, site: Site) -> tuple[str, ...]:
+        """Axis names of a site in this model."""
+        return self.reach(site).axes or site.info.axes
+
     def weight(self, name: str, layer: int | None = None) -> Tensor:
         """A weight in `x @ W` orientation; `W_O` as (head, d_head, d_model). A view, not a copy."""
-        weights = self.family.weights if self.family else {}
-        if name not in weights:
-            raise unknown("weight", name, weights)
-        spec = weights[name]
-        if "{layer}" in spec.path and (layer is None or not 0 <= layer < (self.dims.n_layers or 0)):
-            raise SiteError(f"{name} needs a layer from 0 to {(self.dims.n_layers or 1) - 1}, got {layer}")
+        spec = self._weight(name, layer)
         tensor = self.module.get_parameter(spec.path.format(layer=layer))
         tensor = tensor.T if spec.transpose else tensor
         if spec.chunk:
@@ -196,12 +169,63 @@ class FamilyTable:
             tensor = tensor.unflatten(0, (n_heads, tensor.shape[0] // n_heads))
         return tensor
 
+    def has_weight(self, name: str, layer: int | None = None) -> bool:
+        """Whether this layer (or the model) has the weight."""
+        return self._found_weight(name, layer) is not None
+
+    def first_weight(self, name: str) -> Tensor | None:
+        """The weight of the first layer that has it."""
+        layers = (layer for layer in range(self.dims.n_layers or 0) if self.has_weight(name, layer))
+        return next((self.weight(name, layer) for layer in layers), None)
+
+    def _found_weight(self, name: str, layer: int | None) -> Weight | None:
+        specs = self.family.weights.get(name, ()) if self.family else ()
+        for spec in (specs,) if isinstance(specs, Weight) else specs:
+            if self._parameter(spec.path.format(layer=layer)) is not None:
+                return spec
+        return None
+
+    def _weight(self, name: str, layer: int | None) -> Weight:
+        weights = self.family.weights if self.family else {}
+        if name not in weights:
+            raise unknown("weight", name, weights)
+        found = self._found_weight(name, layer)
+        if found is None:
+            have = [i for i in range(self.dims.n_layers or 0) if self.has_weight(name, i)]
+            raise SiteError(f"{name} needs a layer that has it, got {layer}; these have: {_spans(have)}")
+        return found
+
+    def _parameter(self, path: str) -> Tensor | None:
+        try:
+            return self.module.get_parameter(path)
+        except AttributeError:  # torch's way to say that there is none
+            return None
+
+    def part_module(self, site: Site) -> nn.Module:
+        """The module a rule of this site's family or block gets: the layer, or the block itself."""
+        if site.path is not None:
+            return self.modules[site.path]
+        if self.family is None or site.layer is None:
+            return self.module
+        return self.modules[f"{self.family.blocks}.{site.layer}"]
+
     def bias(self, name: str, layer: int | None = None) -> Tensor | None:
         """The bias that goes with a weight; `None` where there is none."""
-        spec = self.family.weights[name] if self.family else None
-        path = spec.path.format(layer=layer) if spec else ""
+        spec = self._weight(name, layer)
+        path = spec.path.format(layer=layer)
         path = f"{path.removesuffix('.weight')}.bias" if path.endswith(".weight") else path.replace("W_", "b_")
-        bias = dict(self.module.named_parameters()).get(path)
-        if bias is None or spec is None or not spec.chunk:
+        bias = self._parameter(path)
+        if bias is None or not spec.chunk:
             return bias
         return bias.chunk(spec.chunk[1], dim=-1)[spec.chunk[0]]
+
+
+def _spans(layers: list[int]) -> str:
+    """`0-3, 5` for [0, 1, 2, 3, 5]."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans) or "none"

@@ -6,7 +6,7 @@ by byte: 256 byte tokens and `<bos>`, `<eos>`, `<pad>`, so that any text has kno
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import nn
 
 from interp.core.errors import InterpError, unknown
 from interp.core.seed import torch_generator
+from interp.models.families import families
+from interp.models.family import Tiny
 from interp.models.model import LoadedModel
 
 SPECIALS = ("<bos>", "<eos>", "<pad>")
@@ -33,21 +35,41 @@ def tiny_model(
     std: float = 0.35,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    overrides: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """A random `llama`, `gemma3` or `gpt2`. The same arguments give the same weights, whatever the dtype.
+    """A random `llama`, `gemma3`, `gpt2`, ...: see `tiny_names`. Equal arguments give equal weights in any dtype.
 
     `n_kv_heads`: equal to `n_heads` for full attention, fewer for grouped, 1 for multi-query (GPT-2 has full only).
+    `overrides` are config fields that replace the tiny model's own.
     """
-    if family not in _BUILDERS:
-        raise unknown("tiny model", f"tiny-{family}", [f"tiny-{name}" for name in _BUILDERS])
-    n_kv = n_heads if n_kv_heads is None or family == "gpt2" else n_kv_heads
+    import transformers
+
+    tinies = _tinies()
+    if family not in tinies:
+        raise unknown("tiny model", f"tiny-{family}", [f"tiny-{name}" for name in tinies])
+    n_kv = n_heads if n_kv_heads is None else n_kv_heads
     if d_model % n_heads or n_heads % n_kv:
         raise InterpError(f"d_model={d_model}, n_heads={n_heads}, n_kv_heads={n_kv}: each must divide the one before")
-    sizes = {"n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv}
-    module = _BUILDERS[family](**sizes, d_mlp=d_mlp, n_ctx=n_ctx)
+    sizes = {
+        "n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv, "d_mlp": d_mlp,
+        "d_head": d_model // n_heads, "n_ctx": n_ctx, "d_vocab": D_VOCAB,
+    }  # fmt: skip
+    tiny = tinies[family]
+    bos, eos, pad = range(256, D_VOCAB)
+    fields = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad, **tiny.fields(sizes), **(overrides or {})}
+    module: nn.Module = getattr(transformers, tiny.model)(getattr(transformers, tiny.config)(**fields))
     _fill(module, seed, std)
     module.to(device=device, dtype=dtype).eval()
     return LoadedModel(module=module, tokenizer=byte_tokenizer(), source=f"tiny-{family}")
+
+
+def tiny_names() -> list[str]:
+    """Every tiny model there is, without its `tiny-`."""
+    return list(_tinies())
+
+
+def _tinies() -> dict[str, Tiny]:
+    return {name: tiny for family in families().values() for name, tiny in family.tiny.items()}
 
 
 def byte_tokenizer() -> Any:
@@ -82,41 +104,3 @@ def _fill(module: nn.Module, seed: int, std: float) -> None:
                 parameter.copy_(noise * std)
             else:  # norms and biases: near what they start from, but not trivial
                 parameter.add_(noise * 0.1)
-
-
-def _llama(*, n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_mlp: int, n_ctx: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=D_VOCAB, hidden_size=d_model, intermediate_size=d_mlp, num_hidden_layers=n_layers,
-        num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, max_position_embeddings=n_ctx,
-        bos_token_id=256, eos_token_id=257, pad_token_id=258, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def _gemma3(*, n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_mlp: int, n_ctx: int) -> nn.Module:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        vocab_size=D_VOCAB, hidden_size=d_model, intermediate_size=d_mlp, num_hidden_layers=n_layers,
-        num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, head_dim=d_model // n_heads,
-        query_pre_attn_scalar=d_model // n_heads, max_position_embeddings=n_ctx, sliding_window=8,
-        layer_types=["full_attention" if i == n_layers - 1 else "sliding_attention" for i in range(n_layers)],
-        bos_token_id=256, eos_token_id=257, pad_token_id=258,
-    )  # fmt: skip
-    return Gemma3ForCausalLM(config)
-
-
-def _gpt2(*, n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_mlp: int, n_ctx: int) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    del n_kv_heads  # full attention only
-    config = GPT2Config(
-        vocab_size=D_VOCAB, n_embd=d_model, n_inner=d_mlp, n_layer=n_layers, n_head=n_heads, n_positions=n_ctx,
-        bos_token_id=256, eos_token_id=257, pad_token_id=258,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {"llama": _llama, "gemma3": _gemma3, "gpt2": _gpt2}

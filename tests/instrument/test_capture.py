@@ -181,8 +181,24 @@ def test_gradient_errors_name_the_next_step() -> None:
         model(tokens(model))
     with pytest.raises(InterpError, match="backward"):
         acts.grad("resid_post.0")
-    with pytest.raises(InterpError, match="recomputed"), capture(model, "pattern.0", grad=True):
-        pass
+
+
+def test_gradient_of_the_pattern_is_that_of_eager_attention() -> None:
+    model = tiny_model("llama")
+    with capture(model, ["pattern.1", "attn_scores.1", "resid_post.0"], grad=True) as acts:
+        logits = model(tokens(model))
+        logits.square().sum().backward()
+    model.module.set_attn_implementation("eager")
+    seen = model.module(tokens(model), output_attentions=True, output_hidden_states=True)
+    pattern, stream = seen.attentions[1], seen.hidden_states[1]
+    wanted, upstream = torch.autograd.grad(seen.logits.square().sum(), [pattern, stream])
+    assert torch.allclose(acts.grad("pattern.1"), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    assert torch.allclose(acts.grad("resid_post.0"), upstream, rtol=1e-3, atol=1e-4 * float(upstream.abs().max()))
+    allowed = pattern > 0
+    inner = (wanted - (wanted * pattern).sum(-1, keepdim=True)) * pattern
+    assert torch.allclose(
+        acts.grad("attn_scores.1")[allowed], inner[allowed], rtol=1e-3, atol=1e-4 * float(inner.abs().max().detach())
+    )
 
 
 def test_no_gradients_are_tracked_otherwise() -> None:

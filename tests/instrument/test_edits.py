@@ -262,7 +262,7 @@ REFUSED = [
     (lambda m: zero("z.0", head=99), "head 0 to"),
     (lambda m: zero("resid_post.0", dims=9999), "dims 0 to"),
     (lambda m: zero("resid_post.0", at=99), "outside the input"),
-    (lambda m: zero("resid_post.99"), "layers 0 to"),
+    (lambda m: zero("resid_post.99"), "layers with resid_post: 0-"),
     (lambda m: project_out("resid_post.0", torch.ones(2, 2)), "does not fit"),
     (lambda m: rotate("resid_post.0", torch.ones(2, 2)), "does not fit"),
     (lambda m: Edit("resid_post.0", lambda x, c: x[:1]), "keep shape"),

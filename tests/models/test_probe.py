@@ -8,10 +8,11 @@ from torch import nn
 
 from interp.core.errors import InterpError
 from interp.core.sites import Part
+from interp.models.family import Family, Reach, Weight
 from interp.models.load import load
 from interp.models.model import LoadedModel
 from interp.models.probe import quick_check, verify
-from interp.models.table import Family, FamilyTable, Reach, Weight
+from interp.models.table import FamilyTable
 from interp.models.tiny import tiny_model
 
 LAYOUTS = [

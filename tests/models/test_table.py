@@ -32,7 +32,11 @@ def test_patterns_ranges_and_braces() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("resid_pots.1", "resid_post.1"), ("neurons.9", "layers 0 to 3"), ("blocks.1.hook_resid_pots", "resid_post")],
+    [
+        ("resid_pots.1", "resid_post.1"),
+        ("neurons.9", "layers with neurons: 0-3"),
+        ("blocks.1.hook_resid_pots", "resid_post"),
+    ],
 )
 def test_unknown_names_say_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(SiteError, match=hint):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from operator import attrgetter
 
 from torch import nn
 
-from interp.models.table import Dims, Family, FamilyTable
+from interp.core.sites import Part
+from interp.models.family import Dims, Family, Reach
+from interp.models.table import FamilyTable
 
 
 @cache
@@ -33,9 +36,26 @@ def kind(module: nn.Module) -> str:
 def bind(module: nn.Module) -> FamilyTable:
     """The table of a network: its family's if the family is known and its modules are there, else module paths."""
     family = families().get(kind(module))
+    return FamilyTable(module, None) if family is None or not fits(module, family) else with_dims(module, family)
+
+
+def fits(module: nn.Module, family: Family) -> bool:
+    """Whether every part of the family is somewhere in this module."""
     paths = {path for path, _ in module.named_modules()}
-    if family is None or any(reach.path.format(layer=0) not in paths for reach in family.parts.values()):
-        return FamilyTable(module, None)
+    if family.blocks not in paths:
+        return False
+    layers = range(len(list(module.get_submodule(family.blocks).children())))
+
+    def there(part: Part) -> bool:
+        reaches = family.parts[part]
+        listed = (reaches,) if isinstance(reaches, Reach) else reaches
+        return any(reach.path.format(layer=layer) in paths for reach in listed for layer in layers)
+
+    return all(there(part) for part in family.parts if part not in family.optional)
+
+
+def with_dims(module: nn.Module, family: Family) -> FamilyTable:
+    """The family bound to the module, sizes read from it."""
     return FamilyTable(module, family, read_dims(module, family))
 
 
@@ -47,12 +67,16 @@ def read_dims(module: nn.Module, family: Family) -> Dims:
         return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
 
     n_layers = len(list(module.get_submodule(family.blocks).children()))
+    d_vocab, d_model, d_head, d_mlp = None, None, None, None
     n_heads = known("num_attention_heads", "n_head", "n_heads")
     n_kv_heads = known("num_key_value_heads", "n_key_value_heads") or n_heads
     table = FamilyTable(module, family, Dims(n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads))
-    d_vocab, d_model = table.weight("W_E").shape
-    d_head = table.weight("W_O", 0).shape[1] if "W_O" in family.weights and n_heads else None
-    d_mlp = table.weight("W_down", 0).shape[0] if "W_down" in family.weights else None
+    if "W_E" in family.weights:
+        d_vocab, d_model = table.weight("W_E").shape
+    if n_heads and (w_o := table.first_weight("W_O")) is not None:
+        d_head = w_o.shape[1]
+    if (w_down := table.first_weight("W_down")) is not None:
+        d_mlp, d_model = w_down.shape
     return Dims(
         n_layers=n_layers,
         d_model=d_model,
@@ -62,4 +86,17 @@ def read_dims(module: nn.Module, family: Family) -> Dims:
         d_mlp=d_mlp,
         d_vocab=d_vocab,
         n_ctx=known("max_position_embeddings", "n_positions", "n_ctx"),
+        more={axis: size for axis, where in family.sizes.items() if (size := _measure(module, where, n_layers))},
     )
+
+
+def _measure(module: nn.Module, where: str, n_layers: int) -> int | None:
+    """A size: `PATH:DIM` of a parameter, or an integer attribute, in the first layer that has it."""
+    path, _, dim = where.partition(":")
+    for layer in range(n_layers):
+        try:
+            value = attrgetter(path.format(layer=layer))(module)
+        except (AttributeError, IndexError):
+            continue
+        return int(value.shape[int(dim)]) if dim else int(value)
+    return None

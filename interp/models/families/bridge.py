@@ -5,7 +5,7 @@ It runs its own attention, so patterns come from its hook points. Bridges around
 """
 
 from interp.core.sites import Part
-from interp.models.table import Family, Reach, Weight
+from interp.models.family import Family, Reach, Weight
 
 BLOCK = "blocks.{layer}"
 INNER = f"{BLOCK}._original_component"

@@ -4,9 +4,21 @@ What a sublayer adds to the stream is the output of the norm after it, so `attn_
 `q` and `k` are read after their norm and before the rotary embedding.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from interp.core.sites import Part
-from interp.models.families.llama import ATTENTION, BLOCK, ENDS, MLP, WEIGHTS
-from interp.models.table import Family, Reach
+from interp.models.families.llama import ATTENTION, BLOCK, ENDS, MLP, WEIGHTS, llama_fields
+from interp.models.family import Family, Reach, Tiny
+
+
+def _fields(sizes: Mapping[str, int]) -> dict[str, Any]:
+    layers = ["sliding_attention"] * (sizes["n_layers"] - 1) + ["full_attention"]
+    return llama_fields(
+        sizes, head_dim=sizes["d_head"], query_pre_attn_scalar=sizes["d_head"], sliding_window=8, layer_types=layers,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
 
 FAMILY = Family(
     name="gemma3",
@@ -24,6 +36,7 @@ FAMILY = Family(
         Part.MLP_OUT: Reach(path=f"{BLOCK}.post_feedforward_layernorm"),
     },
     weights=WEIGHTS,
+    tiny={"gemma3": Tiny(config="Gemma3TextConfig", model="Gemma3ForCausalLM", fields=_fields)},
     act=f"{BLOCK}.mlp.act_fn",
     down=f"{BLOCK}.mlp.down_proj",
     out=f"{BLOCK}.self_attn.o_proj",

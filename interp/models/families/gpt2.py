@@ -1,9 +1,21 @@
 """GPT-2: pre-norm blocks, learned positions, fused query-key-value projection, ungated GELU MLP (Conv1D weights)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from interp.core.sites import Part
-from interp.models.table import Family, Reach, Weight
+from interp.models.family import Family, Reach, Tiny, Weight
 
 BLOCK = "transformer.h.{layer}"
+
+
+def _fields(sizes: Mapping[str, int]) -> dict[str, Any]:
+    """GPT-2 has its own names, and full attention only."""
+    return {
+        "vocab_size": sizes["d_vocab"], "n_embd": sizes["d_model"], "n_inner": sizes["d_mlp"],
+        "n_layer": sizes["n_layers"], "n_head": sizes["n_heads"], "n_positions": sizes["n_ctx"],
+    }  # fmt: skip
+
 
 FAMILY = Family(
     name="gpt2",
@@ -39,6 +51,7 @@ FAMILY = Family(
         "W_down": Weight(path=f"{BLOCK}.mlp.c_proj.weight", transpose=False),
         "W_U": Weight(path="lm_head.weight"),
     },
+    tiny={"gpt2": Tiny(config="GPT2Config", model="GPT2LMHeadModel", fields=_fields)},
     act=f"{BLOCK}.mlp.act",
     down=f"{BLOCK}.mlp.c_proj",
     out=f"{BLOCK}.attn.c_proj",

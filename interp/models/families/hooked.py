@@ -5,7 +5,7 @@ adds `b_in` after the gate, so `up` is the product without a bias.
 """
 
 from interp.core.sites import Part
-from interp.models.table import Family, Reach, Weight
+from interp.models.family import Family, Reach, Weight
 
 BLOCK = "blocks.{layer}"
 

@@ -2,7 +2,7 @@
 
 from interp.core.sites import Part
 from interp.models.families.hooked import BLOCK, COMMON, WEIGHTS
-from interp.models.table import Family, Reach, Weight
+from interp.models.family import Family, Reach, Weight
 
 FAMILY = Family(
     name="hooked",

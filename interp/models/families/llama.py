@@ -1,7 +1,10 @@
 """Llama: pre-norm blocks, rotary grouped-query attention, SwiGLU MLP. Mistral and Qwen 2 share the layout."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from interp.core.sites import Part
-from interp.models.table import Family, Reach, Weight
+from interp.models.family import Family, Reach, Tiny, Weight
 
 BLOCK = "model.layers.{layer}"
 
@@ -39,6 +42,22 @@ WEIGHTS = {
     "W_U": Weight(path="lm_head.weight"),
 }
 
+
+def llama_fields(sizes: Mapping[str, int], **more: Any) -> dict[str, Any]:
+    """Config fields of a tiny model, by the names that most configs use."""
+    return {
+        "vocab_size": sizes["d_vocab"],
+        "hidden_size": sizes["d_model"],
+        "intermediate_size": sizes["d_mlp"],
+        "num_hidden_layers": sizes["n_layers"],
+        "num_attention_heads": sizes["n_heads"],
+        "num_key_value_heads": sizes["n_kv_heads"],
+        "max_position_embeddings": sizes["n_ctx"],
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
 FAMILY = Family(
     name="llama",
     model_types=("llama", "mistral", "qwen2"),
@@ -53,6 +72,11 @@ FAMILY = Family(
         Part.MLP_OUT: Reach(path=f"{BLOCK}.mlp"),
     },
     weights=WEIGHTS,
+    tiny={
+        "llama": Tiny(config="LlamaConfig", model="LlamaForCausalLM", fields=llama_fields),
+        "mistral": Tiny(config="MistralConfig", model="MistralForCausalLM", fields=llama_fields),
+        "qwen2": Tiny(config="Qwen2Config", model="Qwen2ForCausalLM", fields=llama_fields),
+    },
     act=f"{BLOCK}.mlp.act_fn",
     down=f"{BLOCK}.mlp.down_proj",
     out=f"{BLOCK}.self_attn.o_proj",
