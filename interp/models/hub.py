@@ -250,12 +250,15 @@ class HookHub:
         """Edits of scores and pattern take effect; with gradients, the output depends on them."""
         plain_scores = call.scores(None, n_gone, past)
         scores = self._rewrite(place, Part.ATTN_SCORES, plain_scores)
+        masked = plain_scores == torch.finfo(scores.dtype).min  # what is masked stays so, whatever an edit says
         if scores is not plain_scores:
-            masked = plain_scores == torch.finfo(scores.dtype).min
             scores = torch.where(masked, plain_scores, scores)
         self._show(place, Part.ATTN_SCORES, scores)
         plain = softmax(plain_scores)
-        pattern = self._rewrite(place, Part.PATTERN, plain if scores is plain_scores else softmax(scores))
+        unedited = plain if scores is plain_scores else softmax(scores)
+        pattern = self._rewrite(place, Part.PATTERN, unedited)
+        if pattern is not unedited:
+            pattern = torch.where(masked, unedited, pattern)
         self._show(place, Part.PATTERN, pattern)
         again = call.outputs(pattern[..., n_gone:])
         if place.wants_grad:

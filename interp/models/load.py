@@ -133,6 +133,8 @@ def _from_folder(folder: Path, source: str, tokenizer: Any, **place: Any) -> Loa
 
 
 def _from_hub(name: str, tokenizer: Any, **place: Any) -> LoadedModel:
+    from interp.models.tiny import tiny_names
+
     try:
         module = _pretrained(name, local=False, **place)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

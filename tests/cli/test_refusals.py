@@ -64,7 +64,7 @@ BAD = {
     "tiny model": (("sites", "tiny-lama"), "unknown tiny model 'tiny-lama'; nearest: tiny-llama"),
     "model": (("run", "massive", "--model", "smollm2-135"), "unknown model 'smollm2-135'"),
     "site": (("sites", "tiny-llama", "gaet.*"), "unknown site 'gaet.*'; nearest: gate."),
-    "layer": (("sites", "tiny-llama", "gate.7"), "layers with resid_post: 0-2"),
+    "layer": (("sites", "tiny-llama", "gate.7"), "layers with gate: 0-2"),
     "layer of sae": (("sae", "train", *TINY, "--site", "resid_post.10"), "layers with resid_post: 0-2"),
     "layer of extract": (("steer", "extract", *TINY, "--layer", "9"), "layers with resid_post: 0-2"),
     "negative layer": (("steer", "extract", *TINY, "--layer", "-1"), "unknown site 'resid_post.-1'"),

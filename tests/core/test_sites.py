@@ -46,7 +46,7 @@ def test_text_of_a_site() -> None:
         ({"part": Part.Z}, "z needs layer"),
         ({"part": Part.LOGITS, "layer": 2}, "logits takes no layer"),
         ({"part": Part.MODULE}, "path"),
-        ({"part": Part.Z, "layer": 1, "path": "x"}, "path"),
+        ({"part": Part.MODULE, "layer": 1, "path": "x"}, "path"),
     ],
 )
 def test_impossible_sites(arguments: dict[str, object], says: str) -> None:
