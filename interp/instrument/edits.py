@@ -235,7 +235,9 @@ class _Applied:
         """Number of the last forward in which it fired."""
         self.site = model.table.one(edit.site)
         self.receipt = EditReceipt(self.site, edit.label)
-        axes = self.site.info.axes
+        axes = model.table.axes(self.site)
+        self.has_rows = axes[0] in ("batch", "...")
+        """Whether the first axis counts sequences: a gate that is a parameter has none."""
         self.head_axis = next((i for i, axis in enumerate(axes) if axis in ("head", "kv_head")), None)
         self.pos_axis = position_axis(self.site)
         if edit.head is not None and self.head_axis is None:
@@ -249,7 +251,7 @@ class _Applied:
         pos_axis = self.pos_axis if self.pos_axis is not None else (1 if x.ndim == 3 else None)
         n_pos = x.shape[pos_axis] if pos_axis is not None else 1
         where = columns(call, n_pos)
-        chosen = selected(self.edit.at, self.scope, call, x.shape[0], n_pos)
+        chosen = selected(self.edit.at, self.scope, call, x.shape[0] if self.has_rows and x.ndim else 1, n_pos)
         context = Context(self.site, where, self.receipt.n_calls, chosen)
         self.receipt.n_calls += 1
         self.last_forward = self.model.hub.n_forward
@@ -271,7 +273,8 @@ class _Applied:
 
     def _mask(self, chosen: Tensor, x: Tensor, pos_axis: int | None) -> Tensor:
         shape = [1] * x.ndim
-        shape[0] = x.shape[0]
+        if self.has_rows and x.ndim:
+            shape[0] = x.shape[0]
         if pos_axis is not None:
             shape[pos_axis] = x.shape[pos_axis]
         mask = chosen.view(shape)

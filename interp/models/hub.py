@@ -159,12 +159,19 @@ class HookHub:
             return self._watch(place, reach, module)
         if reach.side == "replay":
 
-            def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            def again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                self._leave(reach.path)
                 return self._replay(place, ModuleCall(module=module, args=args, kwargs=kwargs, output=output))
 
-            return module.register_forward_hook(after, with_kwargs=True).remove
+            # First, so that who watches the output sees what an edit inside made of it.
+            return module.register_forward_hook(again, with_kwargs=True, prepend=True).remove
         if reach.side == "output":
-            return module.register_forward_hook(lambda m, _a, out: self._pass(place, m, out)).remove
+
+            def after(module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+                self._leave(reach.path)
+                return self._pass(place, module, output)
+
+            return module.register_forward_hook(after).remove
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._pass(place, module, Arguments((args, kwargs)))
@@ -184,6 +191,11 @@ class HookHub:
                 del self._scopes[reach.path]
 
         return remove
+
+    def _leave(self, path: str) -> None:
+        """The module has returned: what hooks compute from here on is not its own."""
+        if path in self._scopes:
+            self._scopes[path].stop()
 
     def _frame(self, reach: Reach, n_rows: int | None) -> Frame:
         module = self.table.module.get_submodule(reach.path)
