@@ -8,6 +8,7 @@ from pathlib import Path
 
 from interp.core.sites import PARTS, Part
 from interp.core.spec import discover
+from tests.models.test_families import matrix
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -29,7 +30,7 @@ def sites_table() -> str:
     return "\n".join([*head, *rows])
 
 
-TABLES = {"methods": methods_table, "sites": sites_table}
+TABLES = {"methods": methods_table, "sites": sites_table, "families": matrix}
 
 
 def section(text: str, name: str) -> str:
