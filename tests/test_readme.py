@@ -67,7 +67,8 @@ def test_the_example_runs_on_a_tiny_model() -> None:
 def write() -> None:
     text = README.read_text(encoding="utf-8")
     for name, make in TABLES.items():
-        text = text.replace(section(text, name), make())
+        marked = f"<!-- {name} -->\n{section(text, name)}\n<!-- /{name} -->"
+        text = text.replace(marked, f"<!-- {name} -->\n{make()}\n<!-- /{name} -->")
     README.write_text(text, encoding="utf-8")
 
 
