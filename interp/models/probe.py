@@ -209,6 +209,10 @@ def _identities(model: LoadedModel, values: dict[Site, Tensor]) -> Iterator[Chec
                 name = f"{before} + {added} == {stream}"
                 yield _close(name, f"{stream}.{layer}", local[before] + local[added], local[stream], limit)
         yield from _gate(model, layer, local, limit)
+        after = values.get(Site(Part.RESID_PRE, layer + 1)) if layer + 1 < model.n_layers else None
+        if after is not None and Part.RESID_POST in local:
+            difference = float((local[Part.RESID_POST] - after).abs().max())
+            yield _check("resid_post is the next block's resid_pre", f"resid_post.{layer}", difference, 0.0)
         if Part.PATTERN in local:
             rows = local[Part.PATTERN].sum(-1)
             yield _close("pattern rows sum to 1", f"pattern.{layer}", rows, torch.ones_like(rows), limit)
@@ -246,8 +250,10 @@ def _linear(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: fl
         after = {Part.ATTN_OUT: family.after_attn, Part.MLP_OUT: family.after_mlp}.get(result)
         left = _run(model, after, layer, left) if after else left
         reach = model.table.reach(Site(result, layer))
-        if reach.head_major:  # queries and keys are normed head by head
-            left = _run(model, reach.path, layer, left.unflatten(-1, local[result].shape[-2:])).flatten(-2)
+        if result in (Part.Q, Part.K) and reach.path.endswith("_norm"):  # normed head by head, or all heads at once
+            heads = local[result].shape[-2:]
+            left = _run(model, reach.path, layer, left if reach.heads else left.unflatten(-1, heads))
+            left = left if reach.heads else left.flatten(-2)
         right = local[result].flatten(-2) if result in (Part.Q, Part.K, Part.V) else local[result]
         yield _close(f"{source} @ {weight} == {result}", f"{result}.{layer}", left, right, limit)
 

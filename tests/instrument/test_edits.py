@@ -308,3 +308,15 @@ def test_mean_ablation_is_per_head_and_in_place_edits_are_refused(model: LoadedM
     torch.testing.assert_close(run(model, [mean("z.1", z)], "z.1"), z.mean((0, 1)).expand_as(z))
     with pytest.raises(InterpError, match="in place"):
         run(model, [Edit("mlp_out.1", lambda x, c: x.mul_(0), at=3)], "mlp_out.1")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_an_edited_stream_is_not_rounded_by_a_huge_one(family: str) -> None:
+    """The block's output is the edited stream plus what the MLP added, bit for bit, as the block itself adds them."""
+    model = tiny_model(family)
+    ids = tokens(model)
+    value = torch.randn(ids.shape[0], ids.shape[1], 32, generator=torch.Generator().manual_seed(0))
+    with edited(model, [add("resid_pre.1", 2e4)]):
+        with edited(model, [set_to("resid_mid.1", value)]), capture(model, ["mlp_out.1", "resid_post.1"]) as acts:
+            model(ids)
+    assert torch.equal(acts["resid_post.1"], value + acts["mlp_out.1"])
