@@ -146,7 +146,7 @@ def pins() -> dict[str, str]:
 def test_lock_satisfies_what_the_project_asks_for() -> None:
     locked = pins()
     extras = PROJECT["optional-dependencies"]
-    asked = [*PROJECT["dependencies"], *(line for name in ("notebooks", "dev", "bench") for line in extras[name])]
+    asked = [*PROJECT["dependencies"], *(line for name in ("notebooks", "dev") for line in extras[name])]
     for requirement in map(Requirement, asked):
         name = canonicalize_name(requirement.name)
         assert name in locked, f"{name} is not in requirements.lock"

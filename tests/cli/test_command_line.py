@@ -158,7 +158,7 @@ def test_broken_config_files_are_refused(text: str, message: str, tmp_path: Path
 BAD = [
     (["sites", "tiny-lama"], "tiny-llama"),
     (["sites", "tiny-llama", "resid_pots.1"], "resid_post"),
-    (["sites", "tiny-llama", "resid_post.99"], "layers 0 to 2"),
+    (["sites", "tiny-llama", "resid_post.99"], "layers with resid_post: 0-2"),
     (["run", "massiv", *MODEL], "massive"),
     (["run", "massive", *MODEL, "--n-sequnces", "3"], "--n-sequences"),
     (["run", "massive", *MODEL, "--n-sequences", "three"], "three"),
@@ -207,7 +207,7 @@ def test_steer_extract_writes_one_file_with_its_origin(tmp_path: Path, capsys: p
     said = json.loads(capsys.readouterr().out)
     assert out.is_file()
     assert said["site"] == "resid_post.1"
-    assert "layers 0 to 2" in refused(capsys, "steer", "extract", *MODEL, "--layer", "9", "--out", str(out))
+    assert "layers with resid_post: 0-2" in refused(capsys, "steer", "extract", *MODEL, "--layer", "9", "--out", str(out))
 
 
 def test_sae_train_saves_a_dictionary_that_others_read(tmp_path: Path) -> None:

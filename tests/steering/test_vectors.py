@@ -51,7 +51,7 @@ def test_another_model_is_an_error_a_warning_or_nothing(vector: SteeringVector) 
     vector.check(other, "ignore")
     with pytest.raises(InterpError, match="d_model=16"):
         vector.check(tiny_model("llama", d_model=16), "ignore")
-    with pytest.raises(InterpError, match="layers 0 to 0"):
+    with pytest.raises(InterpError, match="layers with resid_post: 0"):
         vector.check(tiny_model("llama", n_layers=1), "ignore")
 
 
