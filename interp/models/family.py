@@ -37,11 +37,19 @@ class ModuleCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
+    n_rows: int | None = None
+    """Sequences in the batch, where the model's input is one of tokens or vectors."""
+    number: int = 0
+    """How often the module was called before in this forward: the time step of a cell that is called in a loop."""
 
 
+Chunk = tuple[int, int | tuple[str | int, ...]]
+"""Chunk i of n of the last axis, as (i, n); or piece i of pieces in proportion to sizes, as (i, ("n_heads", "n_kv_heads",
+"n_kv_heads")) for a fused query-key-value projection."""
 Tap = Callable[..., Tensor]
 """What a replay hands each of its values to, `tap(part, value)`; it returns the value to go on with. A loop over time
-gives `step` and `n_steps` and values (batch, 1, ...), a stack of layers gives `layer`."""
+gives `step` and `n_steps` and values (batch, 1, ...), a stack of layers gives `layer`, a run beside the main one its
+`branch`."""
 Replay = Callable[[ModuleCall, Tap], Any]
 """Computes a module's output again, from its inputs and weights, showing every value on the way to the tap."""
 
@@ -56,7 +64,7 @@ class Reach:
     """
 
     path: str
-    """Module path; `{layer}` stands for the block's number."""
+    """Module path; `{layer}` stands for the block's number, an empty path for the whole model."""
     side: Side = "output"
     op: str | None = None
     """Side `op`: name of the torch function, e.g. `sigmoid`, `softplus`, `linear`."""
@@ -78,8 +86,12 @@ class Reach:
     """The last axis is split into this many heads."""
     head_major: bool = False
     """The module holds (batch, head, pos, d_head); the site is (batch, pos, head, d_head)."""
-    chunk: tuple[int, int] | None = None
-    """The part is chunk i of n of the last axis, as (i, n)."""
+    chunk: Chunk | None = None
+    """The part is a chunk of the last axis."""
+    within_heads: bool = False
+    """The chunk is one of each head's width."""
+    recent: bool = False
+    """The module computes all positions so far again; the site is those of this forward. Only for `instead`."""
     carry: str | None = None
     """Module whose output is this tensor plus `carry_plus`: a skip connection saved the tensor before this module."""
     carry_plus: Part = Part.MLP_OUT
@@ -93,8 +105,8 @@ class Weight:
     transpose: bool = True
     heads: Literal["n_heads", "n_kv_heads"] | None = None
     """W_O only: split its input axis into (head, d_head)."""
-    chunk: tuple[int, int] | None = None
-    """Chunk i of n of the output axis."""
+    chunk: Chunk | None = None
+    """A chunk of the output axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +175,8 @@ class Block:
     """Children or attributes the module must have, so that a namesake is not taken for it."""
     layers: Callable[[nn.Module], int] | None = None
     """Number of layers inside the module, where its parts are per layer."""
+    branches: Callable[[nn.Module], tuple[str, ...]] | None = None
+    """Further runs beside the main one, each with all parts and layers: their sites are `path@branch:part`."""
     rules: tuple[Rule, ...] = ()
 
 
@@ -197,9 +211,11 @@ def register_block(block: Block) -> None:
 
 
 def block_of(module: nn.Module) -> Block | None:
-    """The kind of a module, if it is one of the registered blocks; classes derived from one count."""
+    """The kind of a module, if it is a known one: registered, or of `interp/models/blocks/`. Derived classes count."""
+    from interp.models.blocks import known_blocks  # the files there import this one
+
     for cls in type(module).__mro__:
-        for block in _BLOCKS.get(cls.__name__, []):
+        for block in (*_BLOCKS.get(cls.__name__, []), *known_blocks().get(cls.__name__, [])):
             if all(hasattr(module, name) for name in block.has):
                 return block
     return None

@@ -44,6 +44,10 @@ class _Place:
     writers: list[Watcher] = field(default_factory=list[Watcher])
     readers: list[Watcher] = field(default_factory=list[Watcher])
     remove: Callable[[], None] = lambda: None
+    forward: int = 0
+    """Number of the forward in which it was last replayed."""
+    n_calls: int = 0
+    """Replays in that forward."""
 
     @property
     def wants_grad(self) -> bool:
@@ -146,7 +150,7 @@ class HookHub:
             self._places[key] = place
         if not self._root:
             self._root = [
-                self.module.register_forward_pre_hook(self._begin, with_kwargs=True),
+                self.module.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
                 self.module.register_forward_hook(lambda *_: self.abort(), always_call=True),
             ]
         return self._places[key]
@@ -161,7 +165,7 @@ class HookHub:
 
             def again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
                 self._leave(reach.path)
-                return self._replay(place, ModuleCall(module=module, args=args, kwargs=kwargs, output=output))
+                return self._replay(place, self._module_call(module, args, kwargs, output))
 
             # First, so that who watches the output sees what an edit inside made of it.
             return module.register_forward_hook(again, with_kwargs=True, prepend=True).remove
@@ -171,12 +175,17 @@ class HookHub:
                 self._leave(reach.path)
                 return self._pass(place, module, output)
 
-            return module.register_forward_hook(after).remove
+            # On the model itself, before the hook that ends the call.
+            return module.register_forward_hook(after, prepend=not reach.path).remove
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._pass(place, module, Arguments((args, kwargs)))
 
         return module.register_forward_pre_hook(before, with_kwargs=True).remove
+
+    def _module_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ModuleCall:
+        n_rows = self.call.n_rows if self.call else None
+        return ModuleCall(module=module, args=args, kwargs=kwargs, output=output, n_rows=n_rows)
 
     def _watch(self, place: _Place, reach: Reach, module: nn.Module) -> Callable[[], None]:
         if reach.path not in self._scopes:
@@ -199,12 +208,24 @@ class HookHub:
 
     def _frame(self, reach: Reach, n_rows: int | None) -> Frame:
         module = self.table.module.get_submodule(reach.path)
-        return Frame(module=module, reach=reach, n_heads=self.table.n_split(reach), n_rows=n_rows)
+        n_pos = self.call.n_pos if self.call else None
+        return Frame(module=module, reach=reach, n_heads=self.table.n_split(reach), n_rows=n_rows, n_pos=n_pos)
 
     def _pass(self, place: _Place, module: nn.Module, value: Any) -> Any:
-        """Run writers, then readers; the new value, or `None` if it is unchanged."""
-        original, n_rows = value, self.call.n_rows if self.call else None
-        for entry in place.writers:
+        """Run writers, then readers; the new value, or `None` if it is unchanged.
+
+        The stream comes first: where a sublayer reads it without a norm, its input is the stream as edited.
+        """
+        original = value
+        stream = {entry.reach.carry is not None for entry in (*place.writers, *place.readers)}
+        for carried in sorted(stream, reverse=True):
+            value = self._run(place, module, value, carried=carried)
+        self.stop_if_done()
+        return None if value is original else value
+
+    def _run(self, place: _Place, module: nn.Module, value: Any, *, carried: bool) -> Any:
+        n_rows = self.call.n_rows if self.call else None
+        for entry in [entry for entry in place.writers if (entry.reach.carry is not None) is carried]:
             frame = self._frame(entry.reach, n_rows)
             old, _ = read(frame, value)
             new = entry.act(old)
@@ -213,7 +234,7 @@ class HookHub:
             value = write(frame, value, check_same(str(entry.site), old, new))
             if entry.reach.carry:
                 self._carries[entry.reach.carry].stream = read(frame, value)[1]
-        for entry in list(place.readers):
+        for entry in [entry for entry in place.readers if (entry.reach.carry is not None) is carried]:
             frame = self._frame(entry.reach, n_rows)
             view, raw = read(frame, value)
             if entry.grad:
@@ -223,22 +244,32 @@ class HookHub:
                 else:
                     view = view_of(frame, raw)
             entry.act(view if entry.heads is None else view[:, :, list(entry.heads)], raw)
-        self.stop_if_done()
-        return None if value is original else value
+        return value
 
     def _replay(self, place: _Place, call: ModuleCall) -> Any:
+        place.n_calls = place.n_calls + 1 if place.forward == self.n_forward else 0
+        place.forward = self.n_forward
+        call = replace(call, number=place.n_calls)
         output = replayed(call, place.writers, place.readers, self._at_step, grad=place.wants_grad)
         self.stop_if_done()
         return output
 
-    def _at_step(self, step: int | None, n_steps: int) -> None:
-        """Tell edits which time step they see; `None` puts the call of the whole sequence back."""
-        if step is None:
+    def _at_step(self, steps: range | None, n_steps: int | None) -> None:
+        """Tell edits which time step they see, captures which steps; `None` puts the call of the whole model back.
+
+        Steps are positions, also where the model's input has none, or has its time first. While generating they go on
+        behind the cache.
+        """
+        if steps is None:
             self.call, self._outer = self._outer, None
             return
-        self._outer = self._outer or self.call
-        rows = self._outer.n_rows if self._outer else 1
-        self.call = Call(n_rows=rows, n_pos=1, past=step, mask=None, prompt=n_steps)
+        outer = self._outer = self._outer or self.call
+        if outer is not None and outer.prompt is not None:
+            self.call = replace(outer, n_pos=len(steps), past=outer.past + steps.start)
+            return
+        mask = outer.mask if outer and outer.mask is not None and outer.mask.shape[1] == n_steps else None
+        rows = outer.n_rows if outer else 1
+        self.call = Call(n_rows=rows, n_pos=len(steps), past=steps.start, mask=mask, prompt=n_steps)
 
     def _attend(self, place: _Place, call: AttentionCall, output: Tensor) -> Tensor:
         past = self.call.past if self.call else None

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from interp.core.errors import SiteError, unknown
 from interp.core.sites import PARTS, Part, Site, expand, is_glob, matches
-from interp.models.family import Block, Dims, Family, Reach, Side, Weight, block_of
+from interp.models.family import Block, Chunk, Dims, Family, Reach, Side, Weight, block_of
+from interp.models.views import pieces
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,14 @@ class FamilyTable:
 
     @cached_property
     def blocks(self) -> dict[str, Block]:
-        """Modules of a known kind, by path."""
-        return {path: block for path, module in self.modules.items() if (block := block_of(module))}
+        """Modules of a known kind, by path; those that are run twice (backwards, say) also as `path@branch`."""
+        found: dict[str, Block] = {}
+        for path, module in {"": self.module, **self.modules}.items():
+            block = block_of(module)
+            if block is not None:
+                found[path] = block
+                found |= {f"{path}@{name}": block for name in (block.branches(module) if block.branches else ())}
+        return found
 
     @cached_property
     def block_sites(self) -> tuple[Site, ...]:
@@ -60,20 +67,33 @@ class FamilyTable:
         return tuple(
             Site(part, layer, path=path)
             for path, block in self.blocks.items()
-            for layer in (range(block.layers(self.modules[path])) if block.layers else (None,))
+            for layer in (range(block.layers(self._module(path))) if block.layers else (None,))
             for part in PARTS
             if part in block.parts
         )
+
+    def _module(self, path: str) -> nn.Module:
+        """The module of a path with or without `@branch`; the empty path is the network itself."""
+        return self.module.get_submodule(path.partition("@")[0])
 
     def _found(self, part: Part, layer: int | None) -> Reach | None:
         """The reach of a part at a layer, paths filled in; `None` if this layer has no such thing."""
         reaches = self.family.parts.get(part, ()) if self.family else ()
         for reach in (reaches,) if isinstance(reaches, Reach) else reaches:
             path = reach.path.format(layer=layer)
-            if path in self.modules:
+            if path in self.modules or not path:
                 carry = reach.carry.format(layer=layer) if reach.carry else None
-                return replace(reach, path=path, carry=carry)
+                return replace(reach, path=path, carry=carry, chunk=self._chunk(reach.chunk))
         return None
+
+    def _chunk(self, chunk: Chunk | None) -> Chunk | None:
+        """Names of sizes become numbers."""
+        if chunk is None or isinstance(chunk[1], int):
+            return chunk
+        sizes = [self.dims.size(share) if isinstance(share, str) else share for share in chunk[1]]
+        if None in sizes:
+            raise SiteError(f"{self.name} is split by {chunk[1]}, of which this model has no size")
+        return chunk[0], tuple(size for size in sizes if size is not None)
 
     @cached_property
     def names(self) -> dict[str, Site]:
@@ -138,16 +158,16 @@ class FamilyTable:
         return found
 
     def _reach_path(self, site: Site, path: str) -> Reach:
+        if site.part is not Part.MODULE:
+            if site not in self.block_sites:
+                raise unknown("site", str(site), self.names, error=SiteError)
+            reach, path = self.blocks[path].parts[site.part], path.partition("@")[0]
+            return replace(reach, path=".".join(filter(None, (path, reach.path))))
         side: Side = "input" if path.endswith("@input") else "output"
         path = path.removesuffix("@input")
         if path not in self.modules:
             raise unknown("module", path, self.modules, error=SiteError)
-        if site.part is Part.MODULE:
-            return Reach(path=path, side=side)
-        if site not in self.block_sites:
-            raise unknown("site", str(site), self.names, error=SiteError)
-        reach = self.blocks[path].parts[site.part]
-        return replace(reach, path=".".join(filter(None, (path, reach.path))))
+        return Reach(path=path, side=side)
 
     def n_split(self, reach: Reach) -> int | None:
         """How many heads the last axis is split into."""
@@ -162,8 +182,8 @@ class FamilyTable:
         spec = self._weight(name, layer)
         tensor = self.module.get_parameter(spec.path.format(layer=layer))
         tensor = tensor.T if spec.transpose else tensor
-        if spec.chunk:
-            tensor = tensor.chunk(spec.chunk[1], dim=-1)[spec.chunk[0]]
+        if chunk := self._chunk(spec.chunk):
+            tensor = pieces(chunk, tensor)[chunk[0]]
         if spec.heads:
             n_heads = getattr(self.dims, spec.heads)
             tensor = tensor.unflatten(0, (n_heads, tensor.shape[0] // n_heads))
@@ -204,7 +224,7 @@ class FamilyTable:
     def part_module(self, site: Site) -> nn.Module:
         """The module a rule of this site's family or block gets: the layer, or the block itself."""
         if site.path is not None:
-            return self.modules[site.path]
+            return self._module(site.path)
         if self.family is None or site.layer is None:
             return self.module
         return self.modules[f"{self.family.blocks}.{site.layer}"]
@@ -215,9 +235,8 @@ class FamilyTable:
         path = spec.path.format(layer=layer)
         path = f"{path.removesuffix('.weight')}.bias" if path.endswith(".weight") else path.replace("W_", "b_")
         bias = self._parameter(path)
-        if bias is None or not spec.chunk:
-            return bias
-        return bias.chunk(spec.chunk[1], dim=-1)[spec.chunk[0]]
+        chunk = self._chunk(spec.chunk)
+        return bias if bias is None or chunk is None else pieces(chunk, bias)[chunk[0]]
 
 
 def _spans(layers: list[int]) -> str:

@@ -8,14 +8,14 @@ no bit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from interp.core.errors import InterpError, SiteError
-from interp.models.family import Reach
+from interp.models.family import Chunk, Reach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class Frame:
     """Into how many heads the last axis is split."""
     n_rows: int | None = None
     """Sequences in the batch, for values that hold all tokens in one axis."""
+    n_pos: int | None = None
+    """Positions of this forward, for values that hold those before as well."""
 
 
 class Arguments(tuple[tuple[Any, ...], dict[str, Any]]):
@@ -55,11 +57,25 @@ def view_of(frame: Frame, raw: Tensor) -> Tensor:
     x = _batched(frame, raw)
     if reach.view:
         x = reach.view.read(frame.module, x)
-    if reach.chunk:
-        x = x.chunk(reach.chunk[1], dim=-1)[reach.chunk[0]]
+    if reach.recent and frame.n_pos is not None:
+        x = x[:, -frame.n_pos :]
+    if reach.chunk and not reach.within_heads:
+        x = pieces(reach.chunk, x)[reach.chunk[0]]
     if reach.head_major:
         return x.transpose(1, 2)
-    return x.unflatten(-1, (frame.n_heads, x.shape[-1] // frame.n_heads)) if frame.n_heads else x
+    if frame.n_heads:
+        x = x.unflatten(-1, (frame.n_heads, x.shape[-1] // frame.n_heads))
+    return pieces(reach.chunk, x)[reach.chunk[0]] if reach.chunk and reach.within_heads else x
+
+
+def pieces(chunk: Chunk, x: Tensor) -> Sequence[Tensor]:
+    """The last axis in chunks; sizes must be numbers by now."""
+    shares = chunk[1]
+    if isinstance(shares, int):
+        return x.chunk(shares, dim=-1)
+    numbers = [int(share) for share in shares]
+    unit = x.shape[-1] // sum(numbers)
+    return x.split([unit * number for number in numbers], dim=-1)
 
 
 def write(frame: Frame, value: Any, new: Tensor) -> Any:
@@ -73,18 +89,24 @@ def write(frame: Frame, value: Any, new: Tensor) -> Any:
 
 def _written(frame: Frame, raw: Tensor, new: Tensor) -> Tensor:
     reach, x = frame.reach, _batched(frame, raw)
+    if reach.chunk and reach.within_heads and frame.n_heads:
+        heads = x.unflatten(-1, (frame.n_heads, x.shape[-1] // frame.n_heads))
+        new = _with_piece(reach.chunk, heads, new)
     if reach.head_major:
         new = new.transpose(1, 2)
     elif frame.n_heads:
         new = new.flatten(-2)
-    if reach.chunk:
-        inner = reach.view.read(frame.module, x) if reach.view else x
-        chunks = list(inner.chunk(reach.chunk[1], dim=-1))
-        chunks[reach.chunk[0]] = new
-        new = torch.cat(chunks, dim=-1)
+    if reach.chunk and not reach.within_heads:
+        new = _with_piece(reach.chunk, reach.view.read(frame.module, x) if reach.view else x, new)
     if reach.view:
         new = reach.view.write(frame.module, x, new)
     return new.reshape(raw.shape) if reach.flat else new
+
+
+def _with_piece(chunk: Chunk, x: Tensor, new: Tensor) -> Tensor:
+    parts = list(pieces(chunk, x))
+    parts[chunk[0]] = new
+    return torch.cat(parts, dim=-1)
 
 
 def _batched(frame: Frame, x: Tensor) -> Tensor:

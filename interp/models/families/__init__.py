@@ -49,7 +49,7 @@ def fits(module: nn.Module, family: Family) -> bool:
     def there(part: Part) -> bool:
         reaches = family.parts[part]
         listed = (reaches,) if isinstance(reaches, Reach) else reaches
-        return any(reach.path.format(layer=layer) in paths for reach in listed for layer in layers)
+        return any(not reach.path or reach.path.format(layer=layer) in paths for reach in listed for layer in layers)
 
     return all(there(part) for part in family.parts if part not in family.optional)
 
