@@ -62,15 +62,14 @@ def sites(
 
 def site_row(model: Any, site: Any) -> dict[str, Any]:
     """One site as plain values."""
-    reach = model.table.reach(site)
-    sizes = [model.dims.size(axis) for axis in site.info.axes]
-    axes = [axis if size is None else f"{axis}={size}" for axis, size in zip(site.info.axes, sizes, strict=True)]
+    names = model.table.axes(site)
+    axes = [axis if (size := model.dims.size(axis)) is None else f"{axis}={size}" for axis in names]
     return {
         "site": str(site),
         "meaning": site.info.meaning,
         "shape": " ".join(axes),
         "side": site.info.side,
-        "module": reach.path + ("@input" if reach.side == "input" else ""),
+        "module": model.table.reach(site).described(),
         "aliases": list(site.aliases),
     }
 

@@ -96,6 +96,14 @@ class Reach:
     """Module whose output is this tensor plus `carry_plus`: a skip connection saved the tensor before this module."""
     carry_plus: Part = Part.MLP_OUT
 
+    def described(self) -> str:
+        """As people read it: `model.layers.3.mlp@input`, `...self_attn sigmoid()`."""
+        if self.side == "op":
+            return f"{self.path} {self.op}()" + (f" no. {self.nth + 1}" if self.nth else "")
+        said = {"input": "@input", "replay": " (replayed)", "attention": " (recomputed)"}.get(self.side, "")
+        entry = "" if self.item is None else f"[{self.item}]"
+        return f"{self.path}{said}{entry}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
