@@ -1,0 +1,138 @@
+"""From what a forward gave to what is stored: real tokens only, in the store's dtype, with the error that this costs.
+
+int8: q = round(x / s), s = max |x| / 127 of each token (float32, stored beside it; 1 for a token of zeros), x' = q s.
+The relative error of a site is ||x' - x|| / ||x|| over all its tokens. A value that is not finite, or that the dtype
+cannot hold (float16 ends at 65,504), is an error that names the first site and token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from interp.core.errors import InterpError
+from interp.core.sites import Part, Site
+from interp.instrument.capture import capture
+from interp.instrument.select import position_axis
+from interp.instrument.shards import DTYPES, scale_name
+from interp.instrument.statistics import Statistics
+from interp.instrument.stream import Batch
+from interp.models.model import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoded:
+    """The rows of one forward pass, ready to be written."""
+
+    columns: dict[str, Tensor]
+    statistics: dict[str, Statistics]
+    error: dict[str, tuple[float, float]]
+    """Site -> sums of squares of the error and of the values."""
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(column.numel() * column.element_size() for column in self.columns.values())
+
+
+def encode_batch(model: LoadedModel, batch: Batch, sites: Sequence[Site], dtype: str) -> Encoded:
+    """One forward pass of the model over the batch, several sites at once."""
+    with capture(model, sites) as acts:
+        model(batch.feed)
+    kept: Tensor | None = None
+    tokens: tuple[Tensor, Tensor, Tensor | None] | None = None
+    out = Encoded(columns={}, statistics={}, error={}, shapes={})
+    for site in sites:
+        values = acts[site]
+        mask = _mask(site, values, batch)
+        if kept is None or tokens is None:
+            kept, tokens = mask, _tokens(mask, batch)
+        elif kept.shape != mask.shape:
+            raise InterpError(
+                f"{site} has rows of another kind ({tuple(mask.shape)}) than {sites[0]} ({tuple(kept.shape)}): sites"
+                " with and without a position axis go into two stores"
+            )
+        rows = values.flatten(0, mask.ndim - 1) if bool(mask.all()) else values[mask.to(values.device)]
+        _encode(out, str(site), rows, dtype, tokens)
+    if tokens is not None:
+        row, pos, ids = tokens
+        out.columns.update({"row": row, "pos": pos} if ids is None else {"ids": ids, "row": row, "pos": pos})
+    return out
+
+
+def _mask(site: Site, values: Tensor, batch: Batch) -> Tensor:
+    """Which (row, position) of the value are stored; one axis where the value has no positions."""
+    real = batch.real
+    if real is not None and batch.inputs is None:
+        if values.ndim < 3 or values.shape[:2] != real.shape:
+            raise InterpError(f"{site} has shape {tuple(values.shape)}; a store takes sites with axes batch, pos, ...")
+        return real
+    if values.ndim < 2 or len(values) != len(batch.rows):
+        raise InterpError(f"{site} has shape {tuple(values.shape)}; its first axis must be the {len(batch.rows)} rows")
+    axis = (1 if values.ndim == 3 else None) if site.part is Part.MODULE else position_axis(site)
+    if axis is None:
+        return torch.ones(len(values), dtype=torch.bool)
+    if axis != 1 or (real is not None and values.shape[:2] != real.shape):
+        raise InterpError(f"{site} has shape {tuple(values.shape)}; a store takes sites with axes batch, pos, ...")
+    return torch.ones(values.shape[:2], dtype=torch.bool) if real is None else real
+
+
+def _tokens(mask: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    if mask.ndim == 1:
+        return batch.rows, torch.zeros_like(batch.rows), None
+    row, pos = mask.nonzero(as_tuple=True)
+    return batch.rows[row], pos, None if batch.record is None else batch.record.ids[mask]
+
+
+def _encode(out: Encoded, name: str, rows: Tensor, dtype: str, tokens: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    rows = rows.detach()
+    flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
+    # A copy in any case: nobody may write into what waits to be stored.
+    stored, scale = quantise(flat) if dtype == "int8" else (flat.to(DTYPES[dtype], copy=True), None)
+    again = stored if scale is None else dequantise(stored, scale)
+    if len(flat):
+        _check_finite(name, flat, again, dtype, tokens)
+    difference = again.to(flat.dtype) - flat if dtype != str(flat.dtype).removeprefix("torch.") else None
+    out.error[name] = (
+        0.0 if difference is None else float(torch.linalg.vector_norm(difference.float())) ** 2,
+        float(torch.linalg.vector_norm(flat.float())) ** 2,
+    )
+    out.shapes[name] = tuple(rows.shape[1:])
+    out.columns[name] = stored.cpu().view(rows.shape).contiguous()
+    if scale is not None:
+        out.columns[scale_name(name)] = scale.cpu()
+    out.statistics[name] = Statistics.of(again.cpu(), tokens)
+
+
+def quantise(x: Float[Tensor, "n d"]) -> tuple[Int8[Tensor, "n d"], Float[Tensor, " n"]]:
+    """Whole numbers from -127 to 127 and the scale of each row."""
+    most = x.abs().amax(dim=1).float() if x.shape[1] else x.new_zeros(len(x)).float()
+    scale = most / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (x.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantise(q: Int8[Tensor, "n *shape"], scale: Float[Tensor, " n"]) -> Float[Tensor, "n *shape"]:
+    """Float32 values; the inverse of `quantise` up to half a scale."""
+    return q.float() * scale.view(-1, *[1] * (q.ndim - 1))
+
+
+def _check_finite(
+    name: str, flat: Tensor, again: Tensor, dtype: str, tokens: tuple[Tensor, Tensor, Tensor | None]
+) -> None:
+    ends = [float(end) for values in (again, flat) for end in torch.aminmax(values)]
+    if all(map(math.isfinite, ends)):
+        return
+    good = (torch.isfinite(again) & torch.isfinite(flat)).all(dim=1)
+    at = int((~good).nonzero()[0])
+    row, pos, ids = tokens
+    where = f"row {int(row[at])}, position {int(pos[at])}" + ("" if ids is None else f", token id {int(ids[at])}")
+    if bool(torch.isfinite(flat[at]).all()):
+        most = float(flat[at].abs().max())
+        raise InterpError(f"{name} does not fit {dtype}: {most:.4g} at {where}; store it as bfloat16 or float32")
+    raise InterpError(f"{name} is not finite at {where}; find its cause with the model in float32")
