@@ -41,6 +41,7 @@ class StopForward(BaseException):
 class _Place:
     """The readers and writers of one (module, side)."""
 
+    key: tuple[Any, ...]
     writers: list[Watcher] = field(default_factory=list[Watcher])
     readers: list[Watcher] = field(default_factory=list[Watcher])
     remove: Callable[[], None] = lambda: None
@@ -106,7 +107,7 @@ class HookHub:
             place.writers.remove(entry)
             if reach.carry:
                 self._end_carry(reach.carry)
-            self._clean()
+            self._clean(place)
 
         return undo
 
@@ -122,14 +123,16 @@ class HookHub:
 
         def undo() -> None:
             place.readers.remove(entry)
-            self._clean()
+            self._clean(place)
 
         return undo
 
     def of_gradient(self, site: Site, gradient: Tensor, n_rows: int) -> Tensor:
         """The site's view of the gradient of the raw tensor its reader was given."""
         reach = self.table.reach(site)
-        return gradient if reach.side in ("replay", "attention") else view_of(self._frame(reach, n_rows), gradient)
+        if reach.side in ("replay", "attention"):
+            return gradient
+        return view_of(self._frame(self.table.module.get_submodule(reach.path), reach, n_rows), gradient)
 
     def stop_if_done(self) -> None:
         """End the forward if nobody waits for more."""
@@ -145,7 +148,7 @@ class HookHub:
     def _place(self, reach: Reach) -> _Place:
         key = (reach.path, reach.side, reach.op, reach.nth, reach.replay)
         if key not in self._places:
-            place = _Place()
+            place = _Place(key)
             place.remove = self._install(place, reach)
             self._places[key] = place
         if not self._root:
@@ -206,8 +209,7 @@ class HookHub:
         if path in self._scopes:
             self._scopes[path].stop()
 
-    def _frame(self, reach: Reach, n_rows: int | None) -> Frame:
-        module = self.table.module.get_submodule(reach.path)
+    def _frame(self, module: nn.Module, reach: Reach, n_rows: int | None) -> Frame:
         n_pos = self.call.n_pos if self.call else None
         return Frame(module=module, reach=reach, n_heads=self.table.n_split(reach), n_rows=n_rows, n_pos=n_pos)
 
@@ -226,7 +228,7 @@ class HookHub:
     def _run(self, place: _Place, module: nn.Module, value: Any, *, carried: bool) -> Any:
         n_rows = self.call.n_rows if self.call else None
         for entry in [entry for entry in place.writers if (entry.reach.carry is not None) is carried]:
-            frame = self._frame(entry.reach, n_rows)
+            frame = self._frame(module, entry.reach, n_rows)
             old, _ = read(frame, value)
             new = entry.act(old)
             if new is old:
@@ -235,7 +237,7 @@ class HookHub:
             if entry.reach.carry:
                 self._carries[entry.reach.carry].stream = read(frame, value)[1]
         for entry in [entry for entry in place.readers if (entry.reach.carry is not None) is carried]:
-            frame = self._frame(entry.reach, n_rows)
+            frame = self._frame(module, entry.reach, n_rows)
             view, raw = read(frame, value)
             if entry.grad:
                 _into_graph(raw)
@@ -336,10 +338,14 @@ class HookHub:
             stream, carry.stream = carry.stream, None
             return output if stream is None or carry.added is None else stream + carry.added
 
+        def drop() -> None:
+            place.writers.remove(entry)
+            self._clean(place)
+
         place = self._place(Reach(path=path))
         entry = Watcher(Site(Part.MODULE, path=path), Reach(path=path), join)
         place.writers.insert(0, entry)
-        carry.undo = [self.add_reader(replace(site, part=added), keep), lambda: place.writers.remove(entry)]
+        carry.undo = [self.add_reader(replace(site, part=added), keep), drop]
 
     def _end_carry(self, path: str) -> None:
         carry = self._carries[path]
@@ -358,11 +364,9 @@ class HookHub:
         if self.call and self.prompt is not None:
             self.seen = self.call.past + self.call.n_pos
 
-    def _clean(self) -> None:
-        for key, place in list(self._places.items()):
-            if not place.writers and not place.readers:
-                place.remove()
-                del self._places[key]
+    def _clean(self, place: _Place) -> None:
+        if not place.writers and not place.readers and self._places.pop(place.key, None):
+            place.remove()
         if not self._places:
             for handle in self._root:
                 handle.remove()

@@ -141,6 +141,15 @@ class FamilyTable:
 
     def reach(self, site: Site) -> Reach:
         """Where to hook: the module path with the layer filled in."""
+        if site not in self._reached:
+            self._reached[site] = self._reach(site)
+        return self._reached[site]
+
+    @cached_property
+    def _reached(self) -> dict[Site, Reach]:
+        return {}
+
+    def _reach(self, site: Site) -> Reach:
         if site.path is not None:
             return self._reach_path(site, site.path)
         if site.layer is not None and not 0 <= site.layer < (self.dims.n_layers or 0):
