@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -23,6 +23,7 @@ TEMPORARY = ".tmp"
 Blocks = Sequence[bytes | memoryview]
 
 
+@runtime_checkable
 class Folder(Protocol):
     """A place for named files. `OSError` where it does not let us."""
 

@@ -12,7 +12,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -35,6 +35,7 @@ Kinds = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Column -> dtype and shape of a row."""
 
 
+@runtime_checkable
 class Columns(Protocol):
     """Access to the rows of all shards by column."""
 
