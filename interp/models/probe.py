@@ -12,16 +12,21 @@ the table's weights, so these are proven too. A tolerance is relative to the lar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from interp.core.errors import InterpError
 from interp.core.seed import torch_generator
 from interp.core.sites import Part, Site
+from interp.models.family import ModuleCall
 from interp.models.model import LoadedModel
+from interp.models.replays import untouched as no_tap
 
 N_PROBE_TOKENS = 12
 """Tokens of the probe's random input: two rows, long enough that a pattern is not trivial."""
@@ -77,11 +82,26 @@ def probe_tokens(model: LoadedModel, n_rows: int = 2) -> Int[Tensor, "batch pos"
     return torch.randint(size, (n_rows, N_PROBE_TOKENS), generator=torch_generator(0, "probe")).to(model.device)
 
 
+def probe_pixels(model: LoadedModel, n_rows: int = 2) -> Float[Tensor, "batch channel height width"]:
+    """Random images of the size that the model takes; the same for every run."""
+    config: Any = model.module.config
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (n_rows, config.num_channels, height, width)
+    return torch.randn(shape, generator=torch_generator(0, "probe")).to(model.device, model.dtype)
+
+
+def probe_inputs(model: LoadedModel) -> Tensor:
+    """Tokens or images, as the family takes them; an error for a network of no known family."""
+    takes_pixels = model.table.family is not None and model.table.family.inputs == "pixels"
+    return probe_pixels(model) if takes_pixels else probe_tokens(model)
+
+
 def quick_check(model: LoadedModel) -> ProbeReport:
     """The cheap part, for load. Raises InterpError naming the first site that is not what it should be."""
     if model.table.family is None:
         return ProbeReport(source=model.source, family="generic", max_abs_diff=0.0, n_sites=0, checks=())
-    report = _report(model, probe_tokens(model), full=False)
+    report = _report(model, probe_inputs(model), full=False)
     failure = report.first_failure
     if failure is not None:
         raise InterpError(
@@ -91,12 +111,24 @@ def quick_check(model: LoadedModel) -> ProbeReport:
     return report
 
 
-def verify(model: LoadedModel, inputs: Tensor | None = None) -> ProbeReport:
-    """Check everything. `inputs` are token ids, or any input of a network without a table."""
-    return _report(model, probe_tokens(model) if inputs is None else inputs, full=True)
+def verify(
+    model: LoadedModel, inputs: Any = None, *, reference: LoadedModel | nn.Module | None = None
+) -> ProbeReport:
+    """Check everything. `inputs` are token ids, images, or any input of a network without a table.
+
+    With a `reference`, the same network in another form, also every value that both have: a TransformerBridge against
+    the Hugging Face model, quantised weights against the original. See `interp.models.compare`.
+    """
+    given = probe_inputs(model) if inputs is None else inputs
+    report = _report(model, given, full=True)
+    if reference is None:
+        return report
+    from interp.models.compare import compare
+
+    return replace(report, checks=(*report.checks, *compare(model, reference, given)))
 
 
-def _report(model: LoadedModel, inputs: Tensor, *, full: bool) -> ProbeReport:
+def _report(model: LoadedModel, inputs: Any, *, full: bool) -> ProbeReport:
     untouched = _untouched(model, inputs)
     sites, values = list(model.table.sites), dict[Site, Tensor]()
     seen = _capture_all(model, inputs, sites, values)
@@ -108,6 +140,7 @@ def _report(model: LoadedModel, inputs: Tensor, *, full: bool) -> ProbeReport:
         checks += list(_identities(model, values)) if not missing else []
     checks += list(_shapes(model, values, inputs))
     checks += list(_rules(model, values, tolerance(model.dtype)))
+    checks += list(_replays(model, inputs)) if full else []
     if full:
         fired = [site for site in sites if site in values and not model.table.reach(site).instead]
         checks.append(_write_back(model, inputs, untouched, fired))
@@ -123,7 +156,39 @@ def _report(model: LoadedModel, inputs: Tensor, *, full: bool) -> ProbeReport:
     )
 
 
-def _silent(model: LoadedModel, inputs: Tensor) -> tuple[str, ...]:
+def _replays(model: LoadedModel, inputs: Any) -> Iterator[Check]:
+    """What a replay computes must be what the module returned: its values are no others than the module's own."""
+    reaches = {(r.path, r.replay) for site in model.table.sites if (r := model.table.reach(site)).replay}
+    found: list[tuple[str, float]] = []
+    hooks: list[Any] = []
+    for path, program in reaches:
+
+        def look(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path, program: Any = program) -> None:
+            rows = model.hub.call.n_rows if model.hub.call else None
+            call = ModuleCall(module=module, args=args, kwargs=kwargs, output=output, n_rows=rows)
+            pairs = zip(_tensors(output), _tensors(program(call, no_tap)), strict=True)
+            found.extend((path, _distance(again, own)) for own, again in pairs if own.is_floating_point())
+
+        hooks.append(model.table.module.get_submodule(path).register_forward_hook(look, with_kwargs=True))
+    keep = model.hub.add_reader(model.table.sites[0], lambda _view, _raw: None) if reaches else lambda: None
+    try:
+        model(inputs)
+    finally:
+        keep()
+        for hook in hooks:
+            hook.remove()
+    for path, difference in found:
+        yield _check("the replay returns what the module returned", path, difference, tolerance(model.dtype))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of an output, in order; a packed sequence is its data."""
+    leaves = pytree.tree_leaves(output, is_leaf=lambda item: isinstance(item, PackedSequence))
+    values = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in leaves]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _silent(model: LoadedModel, inputs: Any) -> tuple[str, ...]:
     leaves = {path: module for path, module in model.table.modules.items() if not list(module.children())}
     fired: set[str] = set()
     hooks = [
@@ -142,20 +207,22 @@ def _check(name: str, site: str, value: float, limit: float, note: str = "") -> 
 
 
 def _tensor(output: object) -> Tensor:
+    """Logits, or whatever tensor the model returns first."""
     found = getattr(output, "logits", getattr(output, "last_hidden_state", output))
-    if not isinstance(found, Tensor):
-        raise InterpError(f"the model returns {type(output).__name__}; the probe needs a tensor or `.logits`")
-    return found
+    tensors = _tensors(found)
+    if not tensors:
+        raise InterpError(f"the model returns {type(output).__name__}; the probe needs a tensor in it")
+    return tensors[0]
 
 
-def _untouched(model: LoadedModel, inputs: Tensor) -> Tensor:
+def _untouched(model: LoadedModel, inputs: Any) -> Tensor:
     """The module's own answer, called with no hook of ours anywhere."""
     args, named = model.arguments(inputs)
     with torch.no_grad():
         return _tensor(model.module(*args, **named))
 
 
-def _capture_all(model: LoadedModel, inputs: Tensor, sites: list[Site], values: dict[Site, Tensor]) -> Tensor:
+def _capture_all(model: LoadedModel, inputs: Any, sites: list[Site], values: dict[Site, Tensor]) -> Tensor:
     def keep(site: Site, value: Tensor) -> None:
         values.setdefault(site, value.detach().clone())
 
@@ -167,9 +234,18 @@ def _capture_all(model: LoadedModel, inputs: Tensor, sites: list[Site], values: 
             remove()
 
 
-def _shapes(model: LoadedModel, values: dict[Site, Tensor], inputs: Tensor) -> Iterator[Check]:
-    n_rows, n_pos = len(inputs), inputs.shape[1]
-    given = {"batch": n_rows} | ({"pos": n_pos, "query": n_pos, "key": n_pos} if inputs.ndim == 2 else {})
+def captured(model: LoadedModel, inputs: Any, sites: list[Site]) -> dict[Site, Tensor]:
+    """Each site's value in one forward, the first time it fires."""
+    values: dict[Site, Tensor] = {}
+    _capture_all(model, inputs, sites, values)
+    return values
+
+
+def _shapes(model: LoadedModel, values: dict[Site, Tensor], inputs: Any) -> Iterator[Check]:
+    given: dict[str, int] = {}
+    if model.table.family is not None:  # what the axes of any other network's input mean, nobody knows
+        n_rows, n_pos = inputs.shape[:2]
+        given = {"batch": n_rows} | ({"pos": n_pos, "query": n_pos, "key": n_pos} if inputs.ndim == 2 else {})
     for site, value in values.items():
         axes = model.table.axes(site)
         expected = tuple(given.get(axis, model.dims.size(axis)) for axis in axes if axis != "...")
@@ -287,11 +363,15 @@ def _mix(local: dict[Part, Tensor]) -> Tensor:
 
 
 def _close(name: str, site: str, left: Tensor, right: Tensor, limit: float) -> Check:
-    scale = float(right.abs().max()) or 1.0
-    return _check(name, site, float((left - right).abs().max()) / scale, limit)
+    return _check(name, site, _distance(left, right), limit)
 
 
-def _write_back(model: LoadedModel, inputs: Tensor, untouched: Tensor, sites: list[Site]) -> Check:
+def _distance(left: Tensor, right: Tensor) -> float:
+    """Largest difference, relative to the largest magnitude on the right."""
+    return float((left - right).abs().max()) / (float(right.abs().max()) or 1.0)
+
+
+def _write_back(model: LoadedModel, inputs: Any, untouched: Tensor, sites: list[Site]) -> Check:
     """Reading every site and writing back a copy must move no bit of the output."""
     undo = [model.hub.add_writer(site, lambda value: value.clone()) for site in sites]
     try:
@@ -302,13 +382,16 @@ def _write_back(model: LoadedModel, inputs: Tensor, untouched: Tensor, sites: li
     return _check("writing back what was read changes nothing", "every site", difference, 0.0)
 
 
-def _edits(model: LoadedModel, inputs: Tensor, untouched: Tensor, sites: list[Site]) -> Iterator[Check]:
-    """A large change at each site must move the output. One row per layer, so one forward per part."""
+def _edits(model: LoadedModel, inputs: Any, untouched: Tensor, sites: list[Site]) -> Iterator[Check]:
+    """A large change at each site must move the output. One row per layer, so one forward per part.
+
+    A network of no known family gets its own input, site by site: its rows may not be its first axis.
+    """
     groups: dict[Part, list[Site]] = {}
     for site in sites:
         groups.setdefault(site.part, []).append(site)
     for part, members in groups.items():
-        if part is Part.MODULE or model.table.axes(members[0])[0] != "batch":
+        if part is Part.MODULE or model.table.family is None or model.table.axes(members[0])[0] != "batch":
             for site in members:
                 yield _moved(site, _disturbed(model, inputs, [(site, None)]), untouched, slice(None))
             continue
@@ -325,7 +408,7 @@ def _moved(site: Site, changed: Tensor, untouched: Tensor, rows: slice) -> Check
     )
 
 
-def _disturbed(model: LoadedModel, inputs: Tensor, where: list[tuple[Site, int | None]]) -> Tensor:
+def _disturbed(model: LoadedModel, inputs: Any, where: list[tuple[Site, int | None]]) -> Tensor:
     """The output with noise added at each site, in its row only."""
 
     def writer(value: Tensor, site: Site, row: int | None) -> Tensor:
