@@ -82,6 +82,7 @@ class Part(StrEnum):
     SHARED_OUT = "shared_out"
     MLP_OUT = "mlp_out"
     FINAL_NORM = "final_norm"
+    LOGITS_PRE = "logits_pre"
     LOGITS = "logits"
     CLASS_LOGITS = "class_logits"
     SE_GATE_PRE = "se_gate_pre"
@@ -203,6 +204,9 @@ PARTS: dict[Part, PartInfo] = {
     Part.MLP_OUT: PartInfo("what the MLP adds to the stream", _RESID, "linear", "blocks.{layer}.hook_mlp_out"),
     Part.RESID_POST: PartInfo("residual stream leaving the block", _RESID, "linear", "blocks.{layer}.hook_resid_post"),
     Part.FINAL_NORM: PartInfo("normed stream the unembedding reads", _RESID, "linear", None, per_layer=False),
+    Part.LOGITS_PRE: PartInfo(
+        "final_norm @ W_U, before the soft cap of the logits", ("batch", "pos", "d_vocab"), "pre", None, per_layer=False
+    ),
     Part.LOGITS: PartInfo("next-token logits", ("batch", "pos", "d_vocab"), "linear", None, per_layer=False),
     Part.CLASS_LOGITS: PartInfo("class scores", ("batch", "class"), "linear", None, per_layer=False),
     Part.SE_GATE_PRE: PartInfo("squeeze-and-excitation gate, before its non-linearity", _IMAGE, "pre", None),

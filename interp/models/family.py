@@ -44,8 +44,8 @@ class ModuleCall:
 
 
 Chunk = tuple[int, int | tuple[str | int, ...]]
-"""Chunk i of n of the last axis, as (i, n); or piece i of pieces in proportion to sizes, as (i, ("n_heads", "n_kv_heads",
-"n_kv_heads")) for a fused query-key-value projection."""
+"""Chunk i of n of the last axis, as (i, n); or piece i of pieces in proportion to sizes, for a fused projection of
+queries, keys and values: (i, ("n_heads", "n_kv_heads", "n_kv_heads"))."""
 Tap = Callable[..., Tensor]
 """What a replay hands each of its values to, `tap(part, value)`; it returns the value to go on with. A loop over time
 gives `step` and `n_steps` and values (batch, 1, ...), a stack of layers gives `layer`, a run beside the main one its

@@ -26,7 +26,7 @@ from interp.models.family import ModuleCall, Reach
 from interp.models.inside import OpScope
 from interp.models.replays import Watcher, replayed
 from interp.models.table import FamilyTable
-from interp.models.views import Arguments, Frame, check_same, read, view_of, write
+from interp.models.views import Arguments, Frame, check_same, read, replaced, view_of, write
 
 Writer = Callable[[Tensor], Tensor]
 Reader = Callable[[Tensor, Tensor], None]
@@ -240,6 +240,8 @@ class HookHub:
             frame = self._frame(module, entry.reach, n_rows)
             view, raw = read(frame, value)
             if entry.grad:
+                if entry.reach.side == "input" and not entry.reach.carry:  # others may read the same tensor
+                    value, raw = replaced(frame, value, raw.view_as(raw))
                 _into_graph(raw)
                 if entry.reach.whole:  # the view is computed beside the value: put it in the path
                     value = write(frame, value, view)

@@ -111,9 +111,7 @@ def quick_check(model: LoadedModel) -> ProbeReport:
     return report
 
 
-def verify(
-    model: LoadedModel, inputs: Any = None, *, reference: LoadedModel | nn.Module | None = None
-) -> ProbeReport:
+def verify(model: LoadedModel, inputs: Any = None, *, reference: LoadedModel | nn.Module | None = None) -> ProbeReport:
     """Check everything. `inputs` are token ids, images, or any input of a network without a table.
 
     With a `reference`, the same network in another form, also every value that both have: a TransformerBridge against
@@ -163,7 +161,9 @@ def _replays(model: LoadedModel, inputs: Any) -> Iterator[Check]:
     hooks: list[Any] = []
     for path, program in reaches:
 
-        def look(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path, program: Any = program) -> None:
+        def look(
+            module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path, program: Any = program
+        ) -> None:
             rows = model.hub.call.n_rows if model.hub.call else None
             call = ModuleCall(module=module, args=args, kwargs=kwargs, output=output, n_rows=rows)
             pairs = zip(_tensors(output), _tensors(program(call, no_tap)), strict=True)
@@ -294,9 +294,11 @@ def _identities(model: LoadedModel, values: dict[Site, Tensor]) -> Iterator[Chec
             yield _close("pattern rows sum to 1", f"pattern.{layer}", rows, torch.ones_like(rows), limit)
         if {Part.PATTERN, Part.V, Part.Z} <= set(local):
             yield _close("pattern @ v == z", f"pattern.{layer}", _mix(local), local[Part.Z], limit)
-    final, logits = values.get(Site(Part.FINAL_NORM)), values.get(Site(Part.LOGITS))
+    final = values.get(Site(Part.FINAL_NORM))
+    name = Part.LOGITS_PRE if Site(Part.LOGITS_PRE) in values else Part.LOGITS
+    logits = values.get(Site(name))
     if final is not None and logits is not None:
-        yield _close("final_norm @ W_U == logits", "logits", _product(model, "W_U", None, final), logits, limit)
+        yield _close(f"final_norm @ W_U == {name}", str(name), _product(model, "W_U", None, final), logits, limit)
 
 
 def _rules(model: LoadedModel, values: dict[Site, Tensor], limit: float) -> Iterator[Check]:

@@ -87,6 +87,11 @@ def write(frame: Frame, value: Any, new: Tensor) -> Any:
     return _insert(reach, value, _written(frame, raw, new))
 
 
+def replaced(frame: Frame, value: Any, raw: Tensor) -> tuple[Any, Tensor]:
+    """The raw value with another tensor for the one that is meant, and that tensor."""
+    return _insert(frame.reach, value, raw), raw
+
+
 def _written(frame: Frame, raw: Tensor, new: Tensor) -> Tensor:
     reach, x = frame.reach, _batched(frame, raw)
     if reach.chunk and reach.within_heads and frame.n_heads:

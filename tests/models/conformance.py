@@ -87,7 +87,7 @@ def _rms(x: Tensor) -> Tensor:
 def check_generation(model: LoadedModel, n_new: int = 4) -> Outcome:
     """Capture and edit while generating: the cache on equals the cache off, and a plain forward on the result."""
     prompt, sites = probe_tokens(model), list(model.table.sites)
-    asked = [site for site in sites if site.part not in (Part.LOGITS, Part.CLASS_LOGITS)]
+    asked = [site for site in sites if site.part not in (Part.LOGITS_PRE, Part.LOGITS, Part.CLASS_LOGITS)]
     with capture(model, asked) as cached:
         tokens = model.generate(prompt, n_new=n_new)
     with capture(model, asked) as recomputed:
@@ -121,8 +121,8 @@ def editable(model: LoadedModel) -> list[Site]:
 
 
 def _noise(x: Tensor, site: Site) -> Tensor:
-    """Small, in proportion to the values, and never where scores or patterns are masked."""
-    allowed = (x.abs() < 1e30) & ((x != 0) | (site.part is not Part.PATTERN))
+    """Small, in proportion to the values, and never where scores or patterns are masked, or an expert is off."""
+    allowed = (x.abs() < 1e30) & ((x != 0) | (site.part not in (Part.PATTERN, Part.ROUTER_WEIGHTS)))
     scale = x[allowed].abs().mean() + 0.05
     noise = torch.randn(x.shape, generator=torch_generator(3, str(site), *x.shape)).to(x)
     return torch.where(allowed, noise * scale * 0.1, 0)

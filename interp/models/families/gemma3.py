@@ -12,13 +12,22 @@ from interp.models.families.llama import ATTENTION, BLOCK, ENDS, MLP, WEIGHTS, l
 from interp.models.family import Family, Reach, Tiny
 
 
-def _fields(sizes: Mapping[str, int]) -> dict[str, Any]:
+def gemma_fields(sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Sliding-window layers below, full attention on top."""
     layers = ["sliding_attention"] * (sizes["n_layers"] - 1) + ["full_attention"]
     return llama_fields(
         sizes, head_dim=sizes["d_head"], query_pre_attn_scalar=sizes["d_head"], sliding_window=8, layer_types=layers,
         tie_word_embeddings=True,
     )  # fmt: skip
 
+
+BEFORE_AND_AFTER = {
+    Part.ATTN_OUT: Reach(path=f"{BLOCK}.post_attention_layernorm"),
+    Part.RESID_MID: Reach(path=f"{BLOCK}.pre_feedforward_layernorm", side="input", carry=BLOCK),
+    Part.MLP_IN: Reach(path=f"{BLOCK}.pre_feedforward_layernorm"),
+    Part.MLP_OUT: Reach(path=f"{BLOCK}.post_feedforward_layernorm"),
+}
+"""Norms before and after each sublayer."""
 
 FAMILY = Family(
     name="gemma3",
@@ -28,15 +37,12 @@ FAMILY = Family(
         **ENDS,
         **ATTENTION,
         **MLP,
+        **BEFORE_AND_AFTER,
         Part.Q: Reach(path=f"{BLOCK}.self_attn.q_norm", head_major=True),
         Part.K: Reach(path=f"{BLOCK}.self_attn.k_norm", head_major=True),
-        Part.ATTN_OUT: Reach(path=f"{BLOCK}.post_attention_layernorm"),
-        Part.RESID_MID: Reach(path=f"{BLOCK}.pre_feedforward_layernorm", side="input", carry=BLOCK),
-        Part.MLP_IN: Reach(path=f"{BLOCK}.pre_feedforward_layernorm"),
-        Part.MLP_OUT: Reach(path=f"{BLOCK}.post_feedforward_layernorm"),
     },
     weights=WEIGHTS,
-    tiny={"gemma3": Tiny(config="Gemma3TextConfig", model="Gemma3ForCausalLM", fields=_fields)},
+    tiny={"gemma3": Tiny(config="Gemma3TextConfig", model="Gemma3ForCausalLM", fields=gemma_fields)},
     act=f"{BLOCK}.mlp.act_fn",
     down=f"{BLOCK}.mlp.down_proj",
     out=f"{BLOCK}.self_attn.o_proj",

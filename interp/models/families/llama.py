@@ -1,4 +1,8 @@
-"""Llama: pre-norm blocks, rotary grouped-query attention, SwiGLU MLP. Mistral and Qwen 2 share the layout."""
+"""Llama: pre-norm blocks, rotary grouped-query attention, SwiGLU MLP. Several others share the layout.
+
+Any `hidden_act` serves: GeGLU, ReGLU, relu2, and `linear` for a bilinear MLP, where `gate` equals `gate_pre`. Gemma 1
+scales its embeddings inside the embedding module, so `embed` is the scaled value.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +47,17 @@ WEIGHTS = {
 }
 
 
+BLOCK_PARTS = {
+    **ENDS,
+    **ATTENTION,
+    **MLP,
+    Part.ATTN_OUT: Reach(path=f"{BLOCK}.self_attn"),
+    Part.RESID_MID: Reach(path=f"{BLOCK}.post_attention_layernorm", side="input", carry=BLOCK),
+    Part.MLP_IN: Reach(path=f"{BLOCK}.post_attention_layernorm"),
+    Part.MLP_OUT: Reach(path=f"{BLOCK}.mlp"),
+}
+
+
 def llama_fields(sizes: Mapping[str, int], **more: Any) -> dict[str, Any]:
     """Config fields of a tiny model, by the names that most configs use."""
     return {
@@ -58,24 +73,33 @@ def llama_fields(sizes: Mapping[str, int], **more: Any) -> dict[str, Any]:
     }
 
 
+def _gemma_fields(sizes: Mapping[str, int]) -> dict[str, Any]:
+    return llama_fields(sizes, head_dim=sizes["d_head"], tie_word_embeddings=True)
+
+
 FAMILY = Family(
     name="llama",
-    model_types=("llama", "mistral", "qwen2"),
+    model_types=(
+        "llama",
+        "mistral",
+        "qwen2",
+        "gemma",
+        "smollm3",
+        "seed_oss",
+        "helium",
+        "ministral",
+        "ministral3",
+        "cwm",
+        "ernie4_5",
+    ),
     blocks="model.layers",
-    parts={
-        **ENDS,
-        **ATTENTION,
-        **MLP,
-        Part.ATTN_OUT: Reach(path=f"{BLOCK}.self_attn"),
-        Part.RESID_MID: Reach(path=f"{BLOCK}.post_attention_layernorm", side="input", carry=BLOCK),
-        Part.MLP_IN: Reach(path=f"{BLOCK}.post_attention_layernorm"),
-        Part.MLP_OUT: Reach(path=f"{BLOCK}.mlp"),
-    },
+    parts=BLOCK_PARTS,
     weights=WEIGHTS,
     tiny={
         "llama": Tiny(config="LlamaConfig", model="LlamaForCausalLM", fields=llama_fields),
         "mistral": Tiny(config="MistralConfig", model="MistralForCausalLM", fields=llama_fields),
         "qwen2": Tiny(config="Qwen2Config", model="Qwen2ForCausalLM", fields=llama_fields),
+        "gemma": Tiny(config="GemmaConfig", model="GemmaForCausalLM", fields=_gemma_fields),
     },
     act=f"{BLOCK}.mlp.act_fn",
     down=f"{BLOCK}.mlp.down_proj",
