@@ -87,6 +87,7 @@ class Part(StrEnum):
     CLASS_LOGITS = "class_logits"
     SE_GATE_PRE = "se_gate_pre"
     SE_GATE = "se_gate"
+    POSITION_GATE_PRE = "position_gate_pre"
     POSITION_GATE = "position_gate"
     SPATIAL_GATE = "spatial_gate"
     SKIP_GATE = "skip_gate"
@@ -211,6 +212,9 @@ PARTS: dict[Part, PartInfo] = {
     Part.CLASS_LOGITS: PartInfo("class scores", ("batch", "class"), "linear", None, per_layer=False),
     Part.SE_GATE_PRE: PartInfo("squeeze-and-excitation gate, before its non-linearity", _IMAGE, "pre", None),
     Part.SE_GATE: PartInfo("squeeze-and-excitation gate: a factor for each channel", _IMAGE, "post", None),
+    Part.POSITION_GATE_PRE: PartInfo(
+        "share of positional attention, before its sigmoid", ("head",), "pre", None
+    ),
     Part.POSITION_GATE: PartInfo("share of positional attention, per head", ("head",), "post", None),
     Part.SPATIAL_GATE: PartInfo("spatial gate of a gMLP block", ("batch", "pos", "channel"), "linear", None),
     Part.SKIP_GATE: PartInfo("attention gate on a skip connection (U-Net)", _IMAGE, "post", None),

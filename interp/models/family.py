@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from interp.core.sites import Part
 
-Side = Literal["input", "output", "op", "replay", "attention"]
+Side = Literal["input", "output", "op", "parameter", "replay", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Reach:
     """Where one part lives.
 
     `output`, `input`: what a module returns or takes. `op`: what a torch function returns while the module runs, e.g.
-    the first `sigmoid` in it. `replay`: a value the module computes in a fused call, computed again beside it; the
+    the first `sigmoid` in it. `parameter`: a parameter of the module, wherever its code uses it. `replay`: a value the module computes in a fused call, computed again beside it; the
     module's own output stays unless an edit changed something. `attention`: the inside of the attention function.
     """
 
@@ -70,9 +70,12 @@ class Reach:
     """Side `op`: name of the torch function, e.g. `sigmoid`, `softplus`, `linear`."""
     nth: int = 0
     """Side `op`: which of its calls while the module runs, from 0."""
+    stride: int = 0
+    """Side `op` of a block with layers: each layer's call comes this many calls after the one before."""
     replay: Replay | None = None
     item: int | str | None = None
-    """Which argument (by number or keyword), or which entry of a tuple output; by default the first tensor."""
+    """Which argument (by number or keyword), or which entry of a tuple output; by default the first tensor. The name
+    of a parameter."""
     flat: bool = False
     """The module holds (batch * pos, ...); the site is (batch, pos, ...)."""
     view: View | None = None
@@ -181,6 +184,8 @@ class Block:
     """Paths are relative to the module; an empty one is the module itself."""
     has: tuple[str, ...] = ()
     """Children or attributes the module must have, so that a namesake is not taken for it."""
+    when: Callable[[nn.Module], bool] | None = None
+    """Further condition, e.g. which half of a fused projection is the gate."""
     layers: Callable[[nn.Module], int] | None = None
     """Number of layers inside the module, where its parts are per layer."""
     branches: Callable[[nn.Module], tuple[str, ...]] | None = None
@@ -224,6 +229,6 @@ def block_of(module: nn.Module) -> Block | None:
 
     for cls in type(module).__mro__:
         for block in (*_BLOCKS.get(cls.__name__, []), *known_blocks().get(cls.__name__, [])):
-            if all(hasattr(module, name) for name in block.has):
+            if all(hasattr(module, name) for name in block.has) and (block.when is None or block.when(module)):
                 return block
     return None

@@ -24,6 +24,7 @@ from interp.models.attention import AttentionCall, softmax, tap
 from interp.models.calls import Call, call_of
 from interp.models.family import ModuleCall, Reach
 from interp.models.inside import OpScope
+from interp.models.parameters import shadow
 from interp.models.replays import Watcher, replayed
 from interp.models.table import FamilyTable
 from interp.models.views import Arguments, Frame, check_same, read, replaced, view_of, write
@@ -146,7 +147,8 @@ class HookHub:
         self.call = None
 
     def _place(self, reach: Reach) -> _Place:
-        key = (reach.path, reach.side, reach.op, reach.nth, reach.replay)
+        name = reach.item if reach.side == "parameter" else None
+        key = (reach.path, reach.side, reach.op, reach.nth, reach.replay, name)
         if key not in self._places:
             place = _Place(key)
             place.remove = self._install(place, reach)
@@ -164,6 +166,8 @@ class HookHub:
             return tap(module, lambda call, output: self._attend(place, call, output))
         if reach.side == "op":
             return self._watch(place, reach, module)
+        if reach.side == "parameter":
+            return shadow(module, str(reach.item), lambda value: self._pass(place, module, value))
         if reach.side == "replay":
 
             def again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -171,7 +171,8 @@ class FamilyTable:
             if site not in self.block_sites:
                 raise unknown("site", str(site), self.names, error=SiteError)
             reach, path = self.blocks[path].parts[site.part], path.partition("@")[0]
-            return replace(reach, path=".".join(filter(None, (path, reach.path))))
+            nth = reach.nth + reach.stride * (site.layer or 0)
+            return replace(reach, path=".".join(filter(None, (path, reach.path))), nth=nth)
         side: Side = "input" if path.endswith("@input") else "output"
         path = path.removesuffix("@input")
         if path not in self.modules:
