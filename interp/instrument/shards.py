@@ -143,8 +143,12 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
             raise ArtefactError(f"{path} contradicts itself; delete {folder} and capture again")
         if not all(math.prod(shape) > 0 for shape in raw["sites"].values()):
             raise ArtefactError(f"{path} lists a site without coordinates")
-        if not isinstance(raw["columns"], list) or not isinstance(raw["key"], str):
-            raise TypeError("columns or key of another type")
+        if (
+            not isinstance(raw["parts"], list)
+            or not isinstance(raw["columns"], list)
+            or not isinstance(raw["key"], str)
+        ):
+            raise TypeError("parts, columns or key of another type")
     except ArtefactError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # ValueError: JSON and UTF-8 too

@@ -105,6 +105,11 @@ class Statistics:
             top_token=self.top_token if first else other.top_token,
         )  # fmt: skip
 
+    def moved(self, rows: int) -> Statistics:
+        """The same where row numbers are higher by `rows`."""
+        row, *rest = self.top_token
+        return self if rows == 0 or row < 0 else replace(self, top_token=(row + rows, *rest))
+
     @property
     def variance(self) -> Float64[Tensor, " d"]:
         """Diagonal of the covariance, divided by n."""

@@ -151,10 +151,12 @@ def statistics_columns(statistics: dict[str, Statistics], error: dict[str, tuple
     return columns | {f"{site}/statistics/error": torch.tensor(v, dtype=torch.float64) for site, v in error.items()}
 
 
-def assemble(folder: Folder, plan: Plan, *, offsets: Sequence[int] | None = None, **more: Any) -> None:
+def assemble(
+    folder: Folder, plan: Plan, *, offsets: Sequence[int] | None = None, parts: Sequence[dict[str, Any]] = ()
+) -> None:
     """Merge the statistics of all shards and write the manifest.
 
-    offsets: what is added to the row numbers of each shard; only a merged store has any.
+    offsets: what is added to the row numbers of each shard; only a merged store has any, and `parts`.
     """
     shards: list[dict[str, Any]] = []
     statistics: dict[str, Statistics] = {}
@@ -163,12 +165,15 @@ def assemble(folder: Folder, plan: Plan, *, offsets: Sequence[int] | None = None
         entry = read_sidecar(folder, shard_name(number))
         if entry is None:
             raise ArtefactError(f"{folder / shard_name(number)} has gone; run the same capture again")
-        shards.append({**entry, "row_offset": 0 if offsets is None else offsets[number]})
+        offset = 0 if offsets is None else offsets[number]
+        shards.append({**entry, "row_offset": offset})
         for site, (found, part) in read_statistics(folder, entry["file"], plan.sites).items():
+            found = found.moved(offset)
             statistics[site] = statistics[site].merge(found) if site in statistics else found
             error[site] = (error[site][0] + part[0], error[site][1] + part[1])
     blocks = serialise({name: [value] for name, value in statistics_columns(statistics, error).items()})
     folder.write(STATISTICS, blocks)
+    rows = max(shard["rows"] + shard["row_offset"] for shard in shards)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -177,7 +182,7 @@ def assemble(folder: Folder, plan: Plan, *, offsets: Sequence[int] | None = None
         "columns": plan.columns,
         "dtype": plan.dtype,
         "tokens": sum(shard["tokens"] for shard in shards),
-        "rows": max(shard["rows"] + shard["row_offset"] for shard in shards),
+        "rows": rows,
         "input": {"hash": plan.input_hash, "cut": plan.cut},
         "model": plan.model,
         "versions": plan.versions,
@@ -185,9 +190,11 @@ def assemble(folder: Folder, plan: Plan, *, offsets: Sequence[int] | None = None
         "summary": {site: found.summary() for site, found in statistics.items()},
         "statistics": {"file": STATISTICS, "bytes": sum(map(len, blocks)), "sha256": sha256(blocks)},
         "shards": shards,
-        **more,
+        "parts": list(parts) or [{"key": plan.key, "input": plan.input_hash, "rows": rows}],
     }
+    folder.sync()
     folder.write(MANIFEST, [as_json(manifest)])
+    folder.sync()
     sweep(folder)
 
 

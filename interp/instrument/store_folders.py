@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +23,23 @@ from interp.core.errors import ArtefactError
 
 TEMPORARY = ".tmp"
 Blocks = Sequence[bytes | memoryview]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A file under a temporary name."""
+
+    commit: Callable[[], None]
+    """Wait for the disk, then give it its name."""
+    discard: Callable[[], None]
+
+    @contextmanager
+    def discarded_on_error(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except BaseException:
+            self.discard()
+            raise
 
 
 @runtime_checkable
@@ -40,7 +59,15 @@ class Folder(Protocol):
     def names(self) -> list[str]: ...
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes: ...
     def sha256(self, name: str) -> str: ...
+    def begin(self, name: str, blocks: Blocks) -> Draft:
+        """Write a file that does not count yet."""
+        ...
+
     def write(self, name: str, blocks: Blocks) -> None: ...
+    def sync(self) -> None:
+        """Make names last through a power cut."""
+        ...
+
     def remove(self, name: str) -> None: ...
     def take(self, source: Folder, name: str, new_name: str) -> None:
         """The file `name` of another folder under a new name here: linked where that is possible, else copied."""
@@ -106,20 +133,38 @@ class LocalFolder:
         with (self.path / name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def write(self, name: str, blocks: Blocks) -> None:
-        draft = self.path / f".{name}.{os.getpid()}{TEMPORARY}"
-        try:
-            with draft.open("wb", buffering=0) as file:
-                for block in blocks:
-                    rest = memoryview(block)
-                    while rest:  # a nearly full disk takes a part
-                        rest = rest[file.write(rest) :]
+    def begin(self, name: str, blocks: Blocks) -> Draft:
+        path = self.path / f".{name}.{os.getpid()}{TEMPORARY}"
+        file = path.open("wb", buffering=0)
+
+        def commit() -> None:
+            with file:
                 os.fsync(file.fileno())
-            draft.rename(self.path / name)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-        self._sync()
+            path.rename(self.path / name)
+
+        def discard() -> None:
+            file.close()
+            path.unlink(missing_ok=True)
+
+        draft = Draft(commit=commit, discard=discard)
+        with draft.discarded_on_error():
+            for block in blocks:
+                rest = memoryview(block)
+                while rest:  # a nearly full disk takes a part
+                    rest = rest[file.write(rest) :]
+        return draft
+
+    def write(self, name: str, blocks: Blocks) -> None:
+        draft = self.begin(name, blocks)
+        with draft.discarded_on_error():
+            draft.commit()
+
+    def sync(self) -> None:
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
@@ -136,15 +181,6 @@ class LocalFolder:
             draft = self.path / f".{new_name}.{os.getpid()}{TEMPORARY}"
             shutil.copyfile(source.local / name, draft)
             draft.rename(target)
-        self._sync()
-
-    def _sync(self) -> None:
-        """Make renames last through a power cut."""
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class RemoteFolder:
@@ -194,10 +230,17 @@ class RemoteFolder:
                 digest.update(block)
             return digest.hexdigest()
 
-    def write(self, name: str, blocks: Blocks) -> None:
+    def begin(self, name: str, blocks: Blocks) -> Draft:
         with self.fs.open(self._at(name), "wb") as file:
             for block in blocks:
                 file.write(block)
+        return Draft(commit=lambda: None, discard=lambda: self.remove(name))
+
+    def write(self, name: str, blocks: Blocks) -> None:
+        self.begin(name, blocks).commit()
+
+    def sync(self) -> None:
+        pass
 
     def remove(self, name: str) -> None:
         if self.fs.exists(self._at(name)):

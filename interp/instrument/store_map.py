@@ -36,6 +36,9 @@ class MappedColumn:
 
     def __init__(self, rows: Tensor, first: Int[Tensor, " shards"], sizes: Sequence[int]) -> None:
         self.rows, self.first, self.sizes = rows, first, sizes
+        before = torch.tensor(sizes)
+        self.shift = first - (before.cumsum(0) - before)
+        """What is added to a token's number to find its row."""
 
     @classmethod
     def open(

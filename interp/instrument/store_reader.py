@@ -117,7 +117,7 @@ class MappedColumns:
         if column is None:
             return self._cached.gather(name, index)
         shard = torch.bucketize(index, self._ends, right=True)
-        return column.rows.index_select(0, index + (column.first - self._starts)[shard])
+        return column.rows.index_select(0, column.shift.index_select(0, shard).add_(index))
 
     def block(self, name: str, shard: int) -> Tensor:
         column = self.column(name)
