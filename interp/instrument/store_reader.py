@@ -94,7 +94,10 @@ class MappedColumns:
         self.folder, self.files, self.kinds, self.sizes = folder, files, kinds, sizes
         self._headers = _Headers(folder, files, sizes, kinds)
         self._ends = torch.tensor(sizes).cumsum(0)
-        self._starts = self._ends - torch.tensor(sizes)
+        self._bits = max(0, min(sizes[:-1], default=sizes[-1]).bit_length() - 1)
+        n_cells = (int(self._ends[-1]) >> self._bits) + 1
+        self._cells = torch.bucketize(torch.arange(n_cells) << self._bits, self._ends, right=True)
+        """Shard of the first token of each run of 2^bits tokens: no such run reaches into three shards."""
         self._open: dict[str, MappedColumn | None] = {}
         self._cached = CachedColumns(folder, files, sizes, kinds)
 
@@ -116,8 +119,15 @@ class MappedColumns:
         column = self.column(name)
         if column is None:
             return self._cached.gather(name, index)
-        shard = torch.bucketize(index, self._ends, right=True)
+        shard = self._shard_of(index)
         return column.rows.index_select(0, column.shift.index_select(0, shard).add_(index))
+
+    def _shard_of(self, index: Tensor) -> Tensor:
+        """`bucketize` at half its time, which is a seventh of a gather."""
+        if min(self.sizes) == 0:
+            return torch.bucketize(index, self._ends, right=True)
+        shard = self._cells.index_select(0, index >> self._bits)
+        return shard.add_(index >= self._ends.index_select(0, shard))
 
     def block(self, name: str, shard: int) -> Tensor:
         column = self.column(name)
