@@ -59,8 +59,9 @@ class Reach:
     """Where one part lives.
 
     `output`, `input`: what a module returns or takes. `op`: what a torch function returns while the module runs, e.g.
-    the first `sigmoid` in it. `parameter`: a parameter of the module, wherever its code uses it. `replay`: a value the module computes in a fused call, computed again beside it; the
-    module's own output stays unless an edit changed something. `attention`: the inside of the attention function.
+    the first `sigmoid` in it. `parameter`: a parameter of the module, wherever its code uses it. `replay`: a value the
+    module computes in a fused call, computed again beside it; the module's own output stays unless an edit changed
+    something. `attention`: the inside of the attention function.
     """
 
     path: str

@@ -414,7 +414,7 @@ def _disturbed(model: LoadedModel, inputs: Any, where: list[tuple[Site, int | No
     """The output with noise added at each site, in its row only."""
 
     def writer(value: Tensor, site: Site, row: int | None) -> Tensor:
-        index = slice(None) if row is None else slice(row, row + 1)
+        index = ... if row is None else slice(row, row + 1)
         part = value[index]
         noise = torch.randn(part.shape, generator=torch_generator(1, str(site))).to(part)
         scale = part.clamp_min(-1e4).abs().mean() + 0.1

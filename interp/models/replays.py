@@ -61,9 +61,7 @@ class _Seen:
 class _Tap:
     """Shows values to writers, and gathers them for readers; values of single time steps are joined at the end."""
 
-    def __init__(
-        self, writers: Sequence[Watcher], readers: Sequence[Watcher], at_step: AtStep, *, grad: bool
-    ) -> None:
+    def __init__(self, writers: Sequence[Watcher], readers: Sequence[Watcher], at_step: AtStep, *, grad: bool) -> None:
         self.writers, self.readers, self.at_step, self.grad = writers, readers, at_step, grad
         self.changed = False
         self.seen: dict[tuple[Part, int | None, str], _Seen] = {}
@@ -94,17 +92,15 @@ class _Tap:
             value = self._keep((part, layer, branch), value, step, n_steps)
         return value
 
-    def _keep(
-        self, key: tuple[Part, int | None, str], value: Tensor, step: int | None, n_steps: int | None
-    ) -> Tensor:
-        whole = step is None or n_steps is None
+    def _keep(self, key: tuple[Part, int | None, str], value: Tensor, step: int | None, n_steps: int | None) -> Tensor:
         seen = self.seen.setdefault(key, _Seen({}, n_steps, stepped=step is not None))
         if self.grad:
             if seen.probe is None:
                 shape = list(value.shape)
                 shape[1:2] = shape[1:2] if n_steps is None else [n_steps]
                 seen.probe = value.new_zeros(shape, requires_grad=True)
-            value = value + (seen.probe if whole else seen.probe[:, step : step + 1])
+            at = slice(None) if step is None or n_steps is None else slice(step, step + 1)
+            value = value + seen.probe[:, at]
         seen.pieces[step or 0] = value
         return value
 

@@ -1,22 +1,24 @@
 """What every family must pass, on its tiny model: capture, edit, gradient, generation.
 
 `tests/models/test_families.py` runs these for every tiny model there is, and `python -m tests.test_readme` writes the
-README's matrix from the same four functions. Each returns how many sites it proved, or raises.
+README's matrix from the same four functions. Each returns how many sites it proved, or raises. Networks of no known
+family (`tests/models/test_blocks.py`) bring inputs of their own; there the sites of their blocks are proved.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from interp.core.seed import torch_generator
 from interp.core.sites import Part, Site
-from interp.instrument.capture import capture
-from interp.instrument.edits import Edit, edited
+from interp.instrument.capture import Activations, capture
+from interp.instrument.edits import Context, Edit, edited
 from interp.models.model import LoadedModel, Stopped
-from interp.models.probe import probe_tokens, verify
+from interp.models.probe import probe_inputs, probe_tokens, verify
 
 
 @dataclass(frozen=True)
@@ -27,46 +29,47 @@ class Outcome:
     asked: int
 
 
-def check_capture(model: LoadedModel) -> Outcome:
+def check_capture(model: LoadedModel, inputs: Any = None) -> Outcome:
     """The probe passes: every site fires with its shape, identities hold, writing back moves no bit."""
-    report = verify(model)
+    report = verify(model, inputs)
     assert report.passed, report.first_failure
+    assert not report.unfired
     assert report.max_abs_diff == 0
     return Outcome(report.n_sites, report.n_sites)
 
 
-def check_edit(model: LoadedModel) -> Outcome:
+def check_edit(model: LoadedModel, inputs: Any = None) -> Outcome:
     """Adding noise at a site changes the output, and a capture beside it sees the edited value."""
-    inputs, sites = probe_tokens(model), editable(model)
+    inputs, sites = probe_inputs(model) if inputs is None else inputs, editable(model)
     plain = model(inputs)
     for site in sites:
-        values: list[Tensor] = []
+        values: dict[int, Tensor] = {}
 
-        def noise(x: Tensor, _context: object, site: Site = site, values: list[Tensor] = values) -> Tensor:
-            values.append(x + _noise(x, site))
-            return values[-1]
+        def noise(x: Tensor, context: Context, site: Site = site, values: dict[int, Tensor] = values) -> Tensor:
+            return values.setdefault(int(context.where[0]), x + _noise(x, site))
 
         with capture(model, site, stop=False) as acts, edited(model, [Edit(site, noise)]):
             changed = model(inputs)
         assert not torch.equal(changed, plain), site
-        seen = torch.cat(values, dim=1) if len(values) > 1 else values[0]
+        seen = _joined([values[step] for step in sorted(values)])  # a recurrence may run backwards
         allowed = seen.abs() < 1e30  # masked scores stay masked
-        assert torch.allclose(acts[site][allowed], seen[allowed], rtol=1e-5, atol=1e-6), site
+        assert torch.allclose(_joined(acts.calls(site))[allowed], seen[allowed], rtol=1e-5, atol=1e-6), site
     return Outcome(len(sites), len(sites))
 
 
-def check_gradient(model: LoadedModel) -> Outcome:
+def check_gradient(model: LoadedModel, inputs: Any = None) -> Outcome:
     """The gradient at a site predicts how the loss moves with the site (central differences), in two directions:
 
     along the gradient itself, where nothing cancels, and along noise, which sees what the gradient leaves out.
     """
-    inputs, sites = probe_tokens(model), editable(model)
+    inputs, sites = probe_inputs(model) if inputs is None else inputs, editable(model)
     model.module.requires_grad_(requires_grad=False)
     target = torch.randn(model(inputs).shape, generator=torch_generator(5, "target"))
     for site in sites:
         with capture(model, site, grad=True) as acts:
             (model(inputs) * target).sum().backward()
-        value, gradient, noise = acts[site].detach(), acts.grad(site), _noise(acts[site].detach(), site)
+        value, gradient = _joined(acts.calls(site)).detach(), _gradient(model, acts, site)
+        noise = _noise(value, site)
         along = torch.where(noise == 0, 0, gradient)
         along = along / along.norm() * noise.norm()
         for step, scale in ((along, gradient.norm() * along.norm()), (noise, gradient.norm() * _rms(noise))):
@@ -78,6 +81,23 @@ def check_gradient(model: LoadedModel) -> Outcome:
             assert float(scale) > 0 and min(errors) < (0.01 if step is along else 0.1), (site, predicted, errors)
             assert value.shape == gradient.shape, site
     return Outcome(len(sites), len(sites))
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """One tensor of a site that fired once, or once a time step."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _gradient(model: LoadedModel, acts: Activations, site: Site) -> Tensor:
+    """The gradient of every firing, joined like the values."""
+    records = acts.records[site]
+    found = [record.raw.grad for record in records if record.raw is not None and record.raw.grad is not None]
+    assert len(found) == len(records), site
+    views = [
+        model.hub.of_gradient(site, grad, len(record.value) if record.value.ndim else 1)
+        for grad, record in zip(found, records, strict=True)
+    ]
+    return _joined(views)
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -116,8 +136,9 @@ def check_generation(model: LoadedModel, n_new: int = 4) -> Outcome:
 
 
 def editable(model: LoadedModel) -> list[Site]:
-    """Sites that can be written."""
-    return [site for site in model.table.sites if not model.table.reach(site).instead]
+    """Sites that can be written: those with a name, not every module of a network."""
+    named = [site for site in model.table.sites if site.part is not Part.MODULE]
+    return [site for site in named if not model.table.reach(site).instead]
 
 
 def _noise(x: Tensor, site: Site) -> Tensor:
@@ -138,18 +159,16 @@ def _by_position(x: Tensor, context: object) -> Tensor:
     return torch.where(allowed, torch.sin(where.float() * 3 + 1).view(shape).to(x) * 0.2, 0)
 
 
-def _slope(model: LoadedModel, site: Site, inputs: Tensor, target: Tensor, step: Tensor, size: float) -> float:
+def _slope(model: LoadedModel, site: Site, inputs: Any, target: Tensor, step: Tensor, size: float) -> float:
     ends = [_moved_loss(model, site, inputs, target, step * size * sign) for sign in (1, -1)]
     return (ends[0] - ends[1]) / (2 * size)
 
 
-def _moved_loss(model: LoadedModel, site: Site, inputs: Tensor, target: Tensor, step: Tensor) -> float:
-    starts = iter(range(step.shape[1] if step.ndim > 1 else 1))
-
-    def move(x: Tensor, _context: object) -> Tensor:
+def _moved_loss(model: LoadedModel, site: Site, inputs: Any, target: Tensor, step: Tensor) -> float:
+    def move(x: Tensor, context: Context) -> Tensor:
         if x.shape == step.shape:
             return x + step
-        start = next(starts)  # a recurrence hands over one time step after another
+        start = int(context.where[0])  # a recurrence hands over one time step after another
         return x + step[:, start : start + 1]
 
     with edited(model, [Edit(site, move)]):
