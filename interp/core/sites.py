@@ -27,6 +27,9 @@ class Part(StrEnum):
     RESID_MID = "resid_mid"
     RESID_POST = "resid_post"
     ATTN_IN = "attn_in"
+    Q_LATENT = "q_latent"
+    KV_LATENT = "kv_latent"
+    K_ROTARY = "k_rotary"
     Q = "q"
     K = "k"
     V = "v"
@@ -132,6 +135,16 @@ PARTS: dict[Part, PartInfo] = {
     Part.EMBED: PartInfo("token embeddings, without positions", _RESID, "linear", "hook_embed", per_layer=False),
     Part.RESID_PRE: PartInfo("residual stream entering the block", _RESID, "linear", "blocks.{layer}.hook_resid_pre"),
     Part.ATTN_IN: PartInfo("normed input of attention", _RESID, "linear", None),
+    Part.Q_LATENT: PartInfo("compressed queries, normed", ("batch", "pos", "d_q_latent"), "linear", None),
+    Part.KV_LATENT: PartInfo(
+        "compressed keys and values, normed: what the cache holds", ("batch", "pos", "d_latent"), "linear", None
+    ),
+    Part.K_ROTARY: PartInfo(
+        "the part of the keys that all heads share, before rotary embedding",
+        ("batch", "pos", "d_rotary"),
+        "linear",
+        None,
+    ),
     Part.Q: PartInfo("queries, before rotary embedding", _HEADS, "linear", "blocks.{layer}.attn.hook_q"),
     Part.K: PartInfo("keys, before rotary embedding", _KV, "linear", "blocks.{layer}.attn.hook_k"),
     Part.V: PartInfo("values", _KV, "linear", "blocks.{layer}.attn.hook_v"),
@@ -212,9 +225,7 @@ PARTS: dict[Part, PartInfo] = {
     Part.CLASS_LOGITS: PartInfo("class scores", ("batch", "class"), "linear", None, per_layer=False),
     Part.SE_GATE_PRE: PartInfo("squeeze-and-excitation gate, before its non-linearity", _IMAGE, "pre", None),
     Part.SE_GATE: PartInfo("squeeze-and-excitation gate: a factor for each channel", _IMAGE, "post", None),
-    Part.POSITION_GATE_PRE: PartInfo(
-        "share of positional attention, before its sigmoid", ("head",), "pre", None
-    ),
+    Part.POSITION_GATE_PRE: PartInfo("share of positional attention, before its sigmoid", ("head",), "pre", None),
     Part.POSITION_GATE: PartInfo("share of positional attention, per head", ("head",), "post", None),
     Part.SPATIAL_GATE: PartInfo("spatial gate of a gMLP block", ("batch", "pos", "channel"), "linear", None),
     Part.SKIP_GATE: PartInfo("attention gate on a skip connection (U-Net)", _IMAGE, "post", None),

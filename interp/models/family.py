@@ -25,8 +25,8 @@ class View:
     Both get the module, for its sizes. Reading must be linear and writing back what was read must change nothing.
     """
 
-    read: Callable[[nn.Module, Tensor], Tensor]
-    write: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    read: Callable[[nn.Module, Any], Tensor]
+    write: Callable[[nn.Module, Any, Tensor], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,8 @@ class Reach:
     path: str
     """Module path; `{layer}` stands for the block's number, an empty path for the whole model."""
     side: Side = "output"
+    needs: str | None = None
+    """Another module a layer must have, where the path alone does not tell: `{layer}` as in the path."""
     op: str | None = None
     """Side `op`: name of the torch function, e.g. `sigmoid`, `softplus`, `linear`."""
     nth: int = 0
@@ -119,6 +121,10 @@ class Weight:
     """W_O only: split its input axis into (head, d_head)."""
     chunk: Chunk | None = None
     """A chunk of the output axis."""
+    interleaved: bool = False
+    """The n chunks alternate: columns i, i + n, i + 2n, ..."""
+    bias: str | None = None
+    """Path of the bias, where it is not the `bias` beside a `weight`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from torch import nn
 from interp.core.errors import ArtefactError, InterpError, nearest
 from interp.models import gguf
 from interp.models.bundled import BUNDLED
+from interp.models.experts import fit_dtype
 from interp.models.model import LoadedModel
 
 TINY = "tiny-"
@@ -174,6 +175,7 @@ def _pretrained(name: str, *, local: bool, device: Any, dtype: torch.dtype, devi
             f"{name} lacks {len(absent)} weights of {type(module).__name__}, first {absent[0]}; "
             "they would be random: load the module yourself and pass it to load(...)"
         )
+    fit_dtype(module, dtype)
     return module.eval() if device_map is not None else module.to(device).eval()
 
 

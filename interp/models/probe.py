@@ -265,8 +265,12 @@ LINEAR = (
     (Part.NEURONS_PRE, Part.MLP_IN, "W_in"),
     (Part.ATTN_OUT, Part.Z, "W_O"),
     (Part.MLP_OUT, Part.NEURONS, "W_down"),
+    (Part.ROUTER_LOGITS, Part.MLP_IN, "W_router"),
+    (Part.SHARED_GATE_PRE, Part.MLP_IN, "W_shared_gate"),
+    (Part.SHARED_UP, Part.MLP_IN, "W_shared_up"),
+    (Part.SHARED_OUT, Part.SHARED_NEURONS, "W_shared_down"),
 )
-"""(result, input, weight): result == input @ weight + bias, through the norm after the sublayer for the last two."""
+"""(result, input, weight): result == input @ weight + bias; what is added to the stream, through the norm after it."""
 
 SUMS = (
     (Part.RESID_MID, Part.RESID_PRE, Part.ATTN_OUT),
@@ -322,7 +326,7 @@ def _linear(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: fl
     """Products with the weights as the table hands them out: this proves the table's weights too."""
     family = model.table.family
     for result, source, weight in LINEAR:
-        if family is None or weight not in family.weights or not {result, source} <= set(local):
+        if family is None or not model.table.has_weight(weight, layer) or not {result, source} <= set(local):
             continue
         left = _product(model, weight, layer, local[source])
         after = {Part.ATTN_OUT: family.after_attn, Part.MLP_OUT: family.after_mlp}.get(result)

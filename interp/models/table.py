@@ -81,7 +81,8 @@ class FamilyTable:
         reaches = self.family.parts.get(part, ()) if self.family else ()
         for reach in (reaches,) if isinstance(reaches, Reach) else reaches:
             path = reach.path.format(layer=layer)
-            if path in self.modules or not path:
+            needed = [path, *([reach.needs.format(layer=layer)] if reach.needs else [])]
+            if all(other in self.modules or not other for other in needed):
                 carry = reach.carry.format(layer=layer) if reach.carry else None
                 return replace(reach, path=path, carry=carry, chunk=self._chunk(reach.chunk))
         return None
@@ -188,12 +189,13 @@ class FamilyTable:
         return self.reach(site).axes or site.info.axes
 
     def weight(self, name: str, layer: int | None = None) -> Tensor:
-        """A weight in `x @ W` orientation; `W_O` as (head, d_head, d_model). A view, not a copy."""
+        """A weight in `x @ W` orientation; `W_O` as (head, d_head, d_model), those of experts as (expert, d_in, d_out).
+
+        A view, not a copy.
+        """
         spec = self._weight(name, layer)
         tensor = self.module.get_parameter(spec.path.format(layer=layer))
-        tensor = tensor.T if spec.transpose else tensor
-        if chunk := self._chunk(spec.chunk):
-            tensor = pieces(chunk, tensor)[chunk[0]]
+        tensor = self._piece(spec, tensor.mT if spec.transpose else tensor)
         if spec.heads:
             n_heads = getattr(self.dims, spec.heads)
             tensor = tensor.unflatten(0, (n_heads, tensor.shape[0] // n_heads))
@@ -242,11 +244,20 @@ class FamilyTable:
     def bias(self, name: str, layer: int | None = None) -> Tensor | None:
         """The bias that goes with a weight; `None` where there is none."""
         spec = self._weight(name, layer)
-        path = spec.path.format(layer=layer)
-        path = f"{path.removesuffix('.weight')}.bias" if path.endswith(".weight") else path.replace("W_", "b_")
-        bias = self._parameter(path)
+        path = (spec.bias or spec.path).format(layer=layer)
+        if not spec.bias:
+            path = f"{path.removesuffix('.weight')}.bias" if path.endswith(".weight") else path.replace("W_", "b_")
+        bias = self._parameter(path) if spec.bias or path != spec.path.format(layer=layer) else None
+        return None if bias is None else self._piece(spec, bias)
+
+    def _piece(self, spec: Weight, tensor: Tensor) -> Tensor:
+        """The columns of a weight that is part of a fused one."""
         chunk = self._chunk(spec.chunk)
-        return bias if bias is None or chunk is None else pieces(chunk, bias)[chunk[0]]
+        if chunk is None:
+            return tensor
+        if spec.interleaved and isinstance(chunk[1], int):
+            return tensor[..., chunk[0] :: chunk[1]]
+        return pieces(chunk, tensor)[chunk[0]]
 
 
 def _spans(layers: list[int]) -> str:

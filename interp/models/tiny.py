@@ -14,6 +14,7 @@ from torch import nn
 
 from interp.core.errors import InterpError, unknown
 from interp.core.seed import torch_generator
+from interp.models.experts import fit_dtype
 from interp.models.families import families
 from interp.models.family import Tiny
 from interp.models.model import LoadedModel
@@ -60,6 +61,7 @@ def tiny_model(
     module: nn.Module = getattr(transformers, tiny.model)(getattr(transformers, tiny.config)(**fields))
     _fill(module, seed, std)
     module.to(device=device, dtype=dtype).eval()
+    fit_dtype(module, dtype)
     return LoadedModel(module=module, tokenizer=byte_tokenizer(), source=f"tiny-{family}")
 
 

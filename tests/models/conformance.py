@@ -76,7 +76,7 @@ def check_gradient(model: LoadedModel, inputs: Any = None) -> Outcome:
             predicted = float((gradient * step).sum())
             errors = [
                 abs(_slope(model, site, inputs, target, step, size) - predicted) / float(scale)
-                for size in (1e-1, 1e-2, 1e-3)
+                for size in (1e-1, 1e-2, 1e-3, 1e-4)  # a choice of experts may flip within a larger one
             ]
             assert float(scale) > 0 and min(errors) < (0.01 if step is along else 0.1), (site, predicted, errors)
             assert value.shape == gradient.shape, site
