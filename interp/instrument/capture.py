@@ -82,7 +82,8 @@ class Activations:
             raise InterpError(f"gradients were not asked for; use capture(model, [{str(site)!r}], grad=True)")
         if record.raw.grad is None:
             raise InterpError(f"no gradient has reached {site}: call backward() on something that depends on it first")
-        return self.model.hub.of_gradient(self.model.table.one(site), record.raw.grad, len(record.value) if record.value.ndim else 1)
+        n_rows = len(record.value) if record.value.ndim else 1
+        return self.model.hub.of_gradient(self.model.table.one(site), record.raw.grad, n_rows)
 
     def stack(self, pattern: str) -> Tensor:
         """Sites of equal shape stacked along a new first axis, in layer order."""

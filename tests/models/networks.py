@@ -18,7 +18,7 @@ def filled(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=torch_generator(seed, name))
-            small = 0.5 * noise + (0 if name.endswith("bias") else 1)  # biases, norms, gates: none keeps its random start
+            small = 0.5 * noise + (0 if name.endswith("bias") else 1)  # no random start of torch's own
             parameter.copy_(small if parameter.ndim <= 1 else noise / parameter[0].numel() ** 0.5)
     return module.to(dtype).eval()
 

@@ -27,8 +27,8 @@ def parameter_gate(
 
 LAYER_SCALES = (
     "Dinov2LayerScale", "Dinov2WithRegistersLayerScale", "DINOv3ViTLayerScale", "EomtLayerScale",
-    "EomtDinov3LayerScale", "RadioLayerScale", "RfDetrDinov2LayerScale", "Sam3ViTLayerScale", "Sapiens2LayerScale", "Tipsv2VisionLayerScale",
-    "VideomtLayerScale",
+    "EomtDinov3LayerScale", "RadioLayerScale", "RfDetrDinov2LayerScale", "Sam3ViTLayerScale", "Sapiens2LayerScale",
+    "Tipsv2VisionLayerScale", "VideomtLayerScale",
 )  # fmt: skip
 
 BLOCKS: tuple[Block, ...] = (
