@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from interp.cli import bench, demo, doctor, models, run, runs
+from interp.cli import bench, capture, demo, doctor, models, run, runs
 
 HELP = """
 [bold]interp[/bold]: open a model, find what happens inside, test the explanation, replay it.
@@ -75,4 +75,5 @@ doctor.register(app)
 models.register(app)
 run.register(app)
 runs.register(app)
+capture.register(app)
 bench.register(app)

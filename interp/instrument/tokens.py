@@ -182,6 +182,15 @@ def from_ids(
     return _record(model.tokenizer, tensor, real)
 
 
+def from_rows(model: LoadedModel, rows: Sequence[Sequence[int]], *, pad: Pad = "right") -> TokenRecord:
+    """Rows of ids of unequal lengths to a record, padded."""
+    listed = [list(row) for row in rows]
+    if not listed or not all(listed):
+        raise InterpError("there are no rows of ids" if not listed else "a row holds no ids; leave it out")
+    ids, mask = _padded(listed, _pad_id(model.tokenizer), pad)
+    return from_ids(model, ids, mask)
+
+
 def sink_candidates(
     model: LoadedModel, record: TokenRecord, *, ratio: float = 10.0, layer: int | None = None
 ) -> Bool[Tensor, "batch pos"]:

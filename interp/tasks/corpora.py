@@ -1,8 +1,9 @@
-"""Corpora: real text that is on every machine, cut into token sequences that everybody gets alike.
+"""Corpora: real text that is on every machine, or the user's own, as token sequences that everybody gets alike.
 
 `docs:TOPIC` and `docs` are Python's own language reference (`pydoc_data.topics`, part of the standard library),
 `docstrings:PACKAGE` the docstrings of an installed package (read from its source, which is not run), `file:PATH` a
-text file. The text is tokenised once, without special tokens, and cut from the start into sequences of equal length,
+text file; `corpora_files` has the user's collections of documents (JSON lines, Parquet, datasets, folders). For
+`load_corpus` the text is tokenised once, without special tokens, and cut from the start into sequences of equal length,
 so a corpus depends on the tokenizer and, for the first three, on the version of Python or of the package: results
 carry the hash of the ids.
 """
@@ -10,6 +11,7 @@ carry the hash of the ids.
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -17,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from interp.core.errors import ArtefactError, InterpError, MissingPackageError, unknown
+from interp.core.errors import InterpError, MissingPackageError, unknown
 from interp.instrument.tokens import TokenRecord, from_ids
 from interp.models.load import quiet
 from interp.models.model import LoadedModel
+from interp.tasks.corpora_files import FILE_KINDS, read_documents, read_text
 
-KINDS = ("docs", "docs:TOPIC", "docstrings:PACKAGE", "file:PATH")
+KINDS = ("docs", "docs:TOPIC", "docstrings:PACKAGE", "file:PATH", *FILE_KINDS)
 
 
 def load_corpus(
@@ -44,19 +47,35 @@ def load_corpus(
 
 
 def corpus_text(name: str) -> str:
-    """The text of a corpus; never empty."""
+    """The text of a corpus, its documents with an empty line between them; never empty."""
+    return "\n\n".join(corpus_documents(name))
+
+
+def corpus_documents(name: str, limit: int | None = None) -> list[str]:
+    """The documents of a corpus, at most `limit` of them; none is empty."""
     kind, _, rest = name.partition(":")
     if kind == "docs":
-        text = _docs(rest)
+        found = _docs(rest)
     elif kind == "docstrings" and rest:
-        text = _docstrings(rest)
+        found = _docstrings(rest)
     elif kind == "file" and rest:
-        text = _file(Path(rest).expanduser())
+        found = [read_text(Path(rest).expanduser())]
+    elif kind in [known.partition(":")[0] for known in FILE_KINDS] and rest:
+        found = read_documents(name, limit)
     else:
         raise unknown("corpus", name, KINDS)
-    if not text.strip():
+    kept = [text for text in found if text.strip()][:limit]
+    if not kept:
         raise InterpError(f"the corpus {name!r} is empty")
-    return text
+    return kept
+
+
+def token_ids(model: LoadedModel, documents: Sequence[str]) -> list[list[int]]:
+    """Ids of each document, without special tokens; those of which nothing is left are left out."""
+    if model.tokenizer is None:
+        raise InterpError(f"{model.source} has no tokenizer; load it with load(..., tokenizer=...)")
+    found = [_stream(model, text) for text in documents]
+    return [ids for ids in found if ids]
 
 
 def _stream(model: LoadedModel, text: str) -> list[int]:
@@ -76,16 +95,16 @@ def _topics() -> dict[str, str]:
     return topics
 
 
-def _docs(topic: str) -> str:
+def _docs(topic: str) -> list[str]:
     topics = _topics()
     if not topic:
-        return "\n\n".join(topics[key] for key in sorted(topics))
+        return [topics[key] for key in sorted(topics)]
     if topic not in topics:
         raise unknown("topic", topic, topics)
-    return topics[topic]
+    return [topics[topic]]
 
 
-def _docstrings(package: str) -> str:
+def _docstrings(package: str) -> list[str]:
     """Docstrings of every module, class and function of a package, in the order of file names and lines."""
     try:
         spec = find_spec(package)
@@ -97,7 +116,7 @@ def _docstrings(package: str) -> str:
     files = sorted(path for root in roots for path in root.rglob("*.py"))
     if not files and spec.origin and spec.origin.endswith(".py"):
         files = [Path(spec.origin)]
-    return "\n\n".join(text for path in files for text in _docstrings_of(path))
+    return [text for path in files for text in _docstrings_of(path)]
 
 
 def _docstrings_of(path: Path) -> list[str]:
@@ -108,12 +127,3 @@ def _docstrings_of(path: Path) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
     return [text for text in found if text]
-
-
-def _file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtefactError(f"{path} is not a UTF-8 text file") from error
-    except OSError as error:
-        raise ArtefactError(f"could not read {path}: {error.strerror or error}") from error

@@ -1,0 +1,315 @@
+"""`interp capture`, `interp plan capture`, `interp audit`: activations of a whole corpus on disk, and what is there.
+
+Under torchrun (`torchrun --nproc-per-node 2 -m interp.cli capture ...`) every process captures its share of the shards
+of one store; the first one talks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from interp.cli import console, options
+from interp.core.errors import InterpError, unknown
+
+PANEL = "Capture at scale"
+PACKING = ("pack", "pad")
+COLLECTIVE_HOURS = 24
+"""How long a process may wait for the others: shards are written without any exchange."""
+
+Sites = Annotated[str, typer.Option("--sites", help="Comma-separated, e.g. 'resid_post.10,gate.{3,5}'.")]
+Corpus = Annotated[
+    str,
+    typer.Option(
+        "--corpus",
+        help="docs, docs:TOPIC, docstrings:PACKAGE, file:PATH, jsonl:PATH?field=text, parquet:PATH?column=text, "
+        "dataset:PATH_OR_NAME?column=text, folder:PATH?glob=*.txt, sampled?seed=0&temperature=0.8, "
+        "images:FOLDER?size=224, array:PATH.npy",
+    ),
+]
+Length = Annotated[int, typer.Option("--length", min=1, help="Tokens per sequence.")]
+Packing = Annotated[str, typer.Option("--packing", help="pack: fill every sequence; pad: a document a sequence.")]
+Separator = Annotated[int | None, typer.Option("--separator", help="Token id between packed documents.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", min=1, help="Stop after so many.")]
+StoreDtype = Annotated[str, typer.Option("--store-dtype", help="float32, float16, bfloat16 or int8.")]
+Rows = Annotated[int, typer.Option("--rows-per-forward", min=1, help="Sequences per forward pass.")]
+ShardBytes = Annotated[int, typer.Option("--shard-bytes", min=1, help="Bytes per shard, about; two are in memory.")]
+OutStores = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Folder of stores, or a URL fsspec knows.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel=PANEL)(capture)
+    plan = typer.Typer(help="What a long job will need, before it starts.", no_args_is_help=True)
+    plan.command("capture")(plan_command)
+    app.add_typer(plan, name="plan", rich_help_panel=PANEL)
+    app.command(rich_help_panel=PANEL)(audit)
+
+
+def capture(
+    sites: Sites,
+    model: options.Model = options.DEFAULT_MODEL,
+    corpus: Corpus = "docs",
+    length: Length = 128,
+    packing: Packing = "pack",
+    separator: Separator = None,
+    tokens: Tokens = None,
+    store_dtype: StoreDtype = "float16",
+    rows_per_forward: Rows = 8,
+    shard_bytes: ShardBytes = 256 << 20,
+    out: OutStores = "runs/stores",
+    force: Annotated[bool, typer.Option("--force", help="Start although the plan says that it will not fit.")] = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
+) -> None:
+    """Run a corpus through a model and store what it has at some sites. Killed, it goes on where it was."""
+    from interp.instrument.store import ActivationStore
+
+    with _processes() as rank, _quiet_unless(rank == 0), console.progress() as steps:
+        job = _Job(model, sites, corpus, length, packing, separator, tokens, store_dtype, rows_per_forward, shard_bytes)
+        job.open(steps, device, dtype)
+        if rank == 0 and not force:
+            with steps.step("trying two batches"):
+                job.plan(out).check()
+        store = ActivationStore.write(job.model, job.batches, job.sites, out, job.config)
+        if rank:
+            return
+        facts = {
+            "store": str(store.folder),
+            "tokens": len(store),
+            "shards": len(store.sizes),
+            "bytes": sum(shard["bytes"] for shard in store.manifest["shards"]),
+            "dtype": store.manifest["dtype"],
+            "relative_error": store.manifest["relative_error"],
+            "padding": job.padding,
+        }
+    if as_json:
+        console.emit_json(facts)
+        return
+    _say_store(store, facts)
+
+
+def plan_command(
+    sites: Sites,
+    model: options.Model = options.DEFAULT_MODEL,
+    corpus: Corpus = "docs",
+    length: Length = 128,
+    packing: Packing = "pack",
+    separator: Separator = None,
+    tokens: Tokens = None,
+    store_dtype: StoreDtype = "float16",
+    rows_per_forward: Rows = 8,
+    shard_bytes: ShardBytes = 256 << 20,
+    out: OutStores = "runs/stores",
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
+) -> None:
+    """Tokens, disk, memory and time of a capture, by really running two batches (exit status 1: will not fit)."""
+    with console.progress() as steps:
+        job = _Job(model, sites, corpus, length, packing, separator, tokens, store_dtype, rows_per_forward, shard_bytes)
+        job.open(steps, device, dtype)
+        with steps.step("trying two batches"):
+            made = job.plan(out)
+    if as_json:
+        console.emit_json({**asdict(made), "fits": not made.refusals, "padding": job.padding})
+    else:
+        _say_plan(made, job.padding)
+    if made.refusals:
+        raise typer.Exit(1)
+
+
+def audit(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A store, or a folder of stores; a URL for one store.")],
+    as_json: options.Json = False,
+) -> None:
+    """Is every byte of a store as it was written, and is anything there that should not be? (exit status 1 if so)"""
+    from interp.instrument.store_audit import audit as check
+
+    folders = _stores(path)
+    with console.progress() as steps:
+        found: dict[str, list[Any]] = {}
+        for folder in folders:
+            with steps.step(f"auditing {folder}"):
+                found[folder] = check(folder)
+    n_bad = sum(map(len, found.values()))
+    if as_json:
+        console.emit_json({folder: [asdict(finding) for finding in findings] for folder, findings in found.items()})
+    else:
+        for folder, findings in found.items():
+            console.line(f"{folder}: {'every byte as it was written' if not findings else f'{len(findings)} findings'}")
+            for finding in findings:
+                console.line(f"  {finding}", "bold red")
+    if n_bad:
+        raise typer.Exit(1)
+
+
+class _Job:
+    """What the flags of a capture mean."""
+
+    def __init__(
+        self, source: str, sites: str, corpus: str, length: int, packing: str, separator: int | None,
+        tokens: int | None, store_dtype: str, rows: int, shard_bytes: int,
+    ) -> None:  # fmt: skip
+        from interp.instrument.store import StoreConfig
+
+        if packing not in PACKING:
+            raise unknown("packing", packing, PACKING)
+        self.source, self.asked, self.corpus, self.length = source, sites, corpus, length
+        self.packing, self.separator, self.tokens = packing, separator, tokens
+        self.config = StoreConfig(dtype=store_dtype, rows_per_forward=rows, shard_bytes=shard_bytes)
+        self.padding = 0.0
+
+    def open(self, steps: Any, device: str, dtype: str) -> None:
+        """Load the model, find the sites, read the input."""
+        with steps.step(f"opening {self.source}"):
+            self.model = options.open_model(self.source, device, dtype)
+        self.sites = self.model.resolve(split_sites(self.asked))
+        with steps.step(f"reading {self.corpus}"):
+            self.batches = self._batches()
+
+    def _batches(self) -> Any:
+        from interp.instrument.packing import bucketed, pack, pad
+        from interp.instrument.stream import RecordBatches
+        from interp.tasks.corpora import corpus_documents, token_ids
+        from interp.tasks.corpora_inputs import is_input, load_inputs
+
+        rows = self.config.rows_per_forward
+        if is_input(self.corpus):
+            return load_inputs(self.corpus, rows_per_forward=rows, limit=self.tokens)
+        if self.corpus.partition("?")[0] == "sampled":
+            return RecordBatches(self._sampled(), rows)
+        documents = token_ids(self.model, corpus_documents(self.corpus))
+        if self.packing == "pack":
+            record = pack(self.model, documents, self.length, separator=self.separator)
+            return RecordBatches(_first(record, self.tokens), rows)
+        batches = bucketed(_first(pad(self.model, documents, self.length), self.tokens), rows)
+        self.padding = batches.padding
+        return batches
+
+    def _sampled(self) -> Any:
+        from interp.tasks.corpora_files import read_options
+        from interp.tasks.corpora_sampled import sampled_corpus
+
+        given = read_options(self.corpus, ("seed", "temperature"))
+        if self.tokens is None:
+            raise InterpError("a sampled corpus has no end of its own; say how much with --tokens")
+        n_rows = -(-self.tokens // self.length)
+        try:
+            seed, temperature = int(given.get("seed", 0)), float(given.get("temperature", 0.8))
+        except ValueError as error:
+            raise InterpError(f"{self.corpus!r}: seed is a whole number, temperature a number") from error
+        return sampled_corpus(self.model, n_rows, self.length, seed=seed, temperature=temperature)
+
+    def plan(self, out: str) -> Any:
+        from interp.instrument.plan import plan_capture
+
+        return plan_capture(self.model, self.batches, self.sites, self.config, None if "://" in out else Path(out))
+
+
+def split_sites(text: str) -> list[str]:
+    """Names at the commas that are not inside braces."""
+    names, depth = [""], 0
+    for letter in text:
+        depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += letter
+    return [name.strip() for name in names if name.strip()]
+
+
+def _first(record: Any, tokens: int | None) -> Any:
+    """Rows until `tokens` are reached."""
+    if tokens is None or tokens >= record.n_tokens:
+        return record
+    n_rows = int((record.lengths.cumsum(0) < tokens).sum()) + 1
+    return record.rows(slice(0, n_rows))
+
+
+def _stores(path: str) -> list[str]:
+    """The store at a path, or those in a folder of stores."""
+    folder = Path(path)
+    if "://" in path or not folder.is_dir():
+        return [path]
+    inside = sorted(
+        child.as_posix()
+        for child in folder.iterdir()
+        if (child / "manifest.json").is_file() or (child / "plan.json").is_file()
+    )
+    return inside or [path]
+
+
+@contextmanager
+def _processes() -> Generator[int, None, None]:
+    """This process's rank; joins the others where torchrun started several."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return
+    dist.init_process_group("gloo", timeout=timedelta(hours=COLLECTIVE_HOURS))
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _quiet_unless(speaks: bool) -> Generator[None, None, None]:
+    """Only one process reports progress."""
+    if speaks:
+        yield
+        return
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    with redirect_stderr(StringIO()):
+        yield
+
+
+def _say_plan(plan: Any, padding: float) -> None:
+    from interp.instrument.plan import size_text
+
+    per_hour = plan.seconds / 3600
+    took = f"{plan.seconds:.1f} s" if plan.seconds < 600 else f"{per_hour:.1f} h"
+    free = "" if plan.disk_free is None else f"of {size_text(plan.disk_free)} free"
+    rows = [
+        ("sites", len(plan.sites), ", ".join(plan.sites[:4]) + (", ..." if len(plan.sites) > 4 else "")),
+        ("tokens", f"{plan.n_tokens:,}", f"in {plan.n_batches:,} batches, {padding:.1%} padding"),
+        ("disk", size_text(plan.disk_bytes), f"{free}, {plan.n_shards} shards of {plan.dtype}".lstrip(", ")),
+        ("memory", size_text(plan.memory_bytes), f"peak, model included, of {size_text(plan.memory_free)}"),
+        ("time", took, f"at {plan.tokens_per_second:,.0f} tokens/s; N processes need about 1/N where cores are free"),
+    ]
+    console.table("", ("", "", ""), rows, right=())
+    for reason in plan.refusals:
+        console.line(f"will not fit: {reason}", "bold red")
+
+
+def _say_store(store: Any, facts: dict[str, Any]) -> None:
+    from interp.instrument.plan import size_text
+
+    summary = store.manifest["summary"]
+    rows = [
+        (
+            name,
+            " ".join(map(str, shape)),
+            f"{facts['relative_error'][name]:.2g}",
+            f"{summary[name]['norm']['mean']:.4g}",
+        )
+        for name, shape in store.sites.items()
+    ]
+    console.table("", ("site", "shape", "relative error", "mean norm"), rows, right=("relative error", "mean norm"))
+    padding = f", {facts['padding']:.1%} padding" if facts["padding"] else ""
+    console.line(
+        f"stored  {facts['store']}  {facts['tokens']:,} tokens, {size_text(facts['bytes'])} in {facts['shards']} shards"
+        f"{padding}",
+        "bold",
+    )
