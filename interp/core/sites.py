@@ -38,10 +38,15 @@ class Part(StrEnum):
     ATTN_GATE_PRE = "attn_gate_pre"
     ATTN_GATE = "attn_gate"
     Z = "z"
+    CONV_IN = "conv_in"
     MIXER_IN = "mixer_in"
+    STATE_IN = "state_in"
+    STATE_OUT = "state_out"
+    RECURRENCE_GATE = "recurrence_gate"
     DECAY_PRE = "decay_pre"
     DECAY = "decay"
     LOG_DECAY = "log_decay"
+    STEP_LATENT = "step_latent"
     STEP_SIZE_PRE = "step_size_pre"
     STEP_SIZE = "step_size"
     WRITE_GATE_PRE = "write_gate_pre"
@@ -57,9 +62,12 @@ class Part(StrEnum):
     OUTPUT_GATE_PRE = "output_gate_pre"
     OUTPUT_GATE = "output_gate"
     HIDDEN = "hidden"
+    READOUT = "readout"
     MIXER_OUT = "mixer_out"
     RECEPTANCE_PRE = "receptance_pre"
     RECEPTANCE = "receptance"
+    CHANNEL_RECEPTANCE_PRE = "channel_receptance_pre"
+    CHANNEL_RECEPTANCE = "channel_receptance"
     ATTN_OUT = "attn_out"
     MLP_IN = "mlp_in"
     GATE_PRE = "gate_pre"
@@ -134,7 +142,7 @@ _PAIRS = ("batch", "head", "query", "key")
 PARTS: dict[Part, PartInfo] = {
     Part.EMBED: PartInfo("token embeddings, without positions", _RESID, "linear", "hook_embed", per_layer=False),
     Part.RESID_PRE: PartInfo("residual stream entering the block", _RESID, "linear", "blocks.{layer}.hook_resid_pre"),
-    Part.ATTN_IN: PartInfo("normed input of attention", _RESID, "linear", None),
+    Part.ATTN_IN: PartInfo("normed input of attention, or of the recurrence in its place", _RESID, "linear", None),
     Part.Q_LATENT: PartInfo("compressed queries, normed", ("batch", "pos", "d_q_latent"), "linear", None),
     Part.KV_LATENT: PartInfo(
         "compressed keys and values, normed: what the cache holds", ("batch", "pos", "d_latent"), "linear", None
@@ -155,10 +163,17 @@ PARTS: dict[Part, PartInfo] = {
     Part.Z: PartInfo("head outputs before W_O", _HEADS, "linear", "blocks.{layer}.attn.hook_z"),
     Part.ATTN_GATE_PRE: PartInfo("attention's output gate, before its sigmoid", _HEADS, "pre", None),
     Part.ATTN_GATE: PartInfo("attention's output gate: what head outputs are multiplied with", _HEADS, "post", None),
+    Part.CONV_IN: PartInfo("what enters the short convolution before the recurrence", _INNER, "linear", None),
     Part.MIXER_IN: PartInfo("what enters the recurrence, after the convolution", _INNER, "post", None),
+    Part.STATE_IN: PartInfo("B of a state space: how the input enters the state", _STATE, "linear", None, ("ssm_b",)),
+    Part.STATE_OUT: PartInfo("C of a state space: how the state is read", _STATE, "linear", None, ("ssm_c",)),
+    Part.RECURRENCE_GATE: PartInfo("gate on the decay's exponent: 0 keeps the state (RG-LRU)", _CELL, "post", None),
     Part.DECAY_PRE: PartInfo("decay of the recurrence, before its non-linearity", _STATE, "pre", None),
     Part.LOG_DECAY: PartInfo("logarithm of the decay, at most 0", _STATE, "post", None),
     Part.DECAY: PartInfo("factor in (0, 1] by which the state is kept", _STATE, "post", None),
+    Part.STEP_LATENT: PartInfo(
+        "step size in low rank, before it is expanded", ("batch", "pos", "d_step"), "linear", None
+    ),
     Part.STEP_SIZE_PRE: PartInfo("step size of a state space, before the softplus", _INNER, "pre", None),
     Part.STEP_SIZE: PartInfo("step size (delta) of a state space", _INNER, "post", None),
     Part.WRITE_GATE_PRE: PartInfo("strength of writing to the state, before its sigmoid", _STATE, "pre", None),
@@ -174,10 +189,16 @@ PARTS: dict[Part, PartInfo] = {
     Part.OUTPUT_GATE_PRE: PartInfo("output gate, before its non-linearity", _CELL, "pre", None),
     Part.OUTPUT_GATE: PartInfo("output gate: what leaves the recurrence is multiplied with it", _CELL, "post", None),
     Part.HIDDEN: PartInfo("hidden state after the step", _CELL, "post", None),
+    Part.READOUT: PartInfo("what is read from the state, before the output gate", _STATE, "linear", None),
     Part.MIXER_OUT: PartInfo("input of the recurrence's output projection", _INNER, "linear", None),
     Part.RECEPTANCE_PRE: PartInfo("receptance, before its sigmoid", _INNER, "pre", None),
-    Part.RECEPTANCE: PartInfo("receptance: the gate on what a mixing block returns", _INNER, "post", None),
-    Part.ATTN_OUT: PartInfo("what attention adds to the stream", _RESID, "linear", "blocks.{layer}.hook_attn_out"),
+    Part.RECEPTANCE: PartInfo("receptance: the gate on what is read from the past", _INNER, "post", None),
+    Part.ATTN_OUT: PartInfo(
+        "what attention, or the recurrence in its place, adds to the stream",
+        _RESID,
+        "linear",
+        "blocks.{layer}.hook_attn_out",
+    ),
     Part.RESID_MID: PartInfo(
         "residual stream between attention and MLP", _RESID, "linear", "blocks.{layer}.hook_resid_mid"
     ),
@@ -214,6 +235,10 @@ PARTS: dict[Part, PartInfo] = {
     Part.SHARED_NEURONS: PartInfo("shared_gate * shared_up", _SHARED, "post", None),
     Part.SHARED_WEIGHT_PRE: PartInfo("gate on the shared expert, before its sigmoid", _ONE, "pre", None),
     Part.SHARED_WEIGHT: PartInfo("gate on the shared expert: what its output is multiplied with", _ONE, "post", None),
+    Part.CHANNEL_RECEPTANCE_PRE: PartInfo("receptance of the channel mix, before its sigmoid", _RESID, "pre", None),
+    Part.CHANNEL_RECEPTANCE: PartInfo(
+        "receptance of the channel mix: the gate on what it returns", _RESID, "post", None
+    ),
     Part.SHARED_OUT: PartInfo("what the shared expert returns, before its gate", _RESID, "linear", None),
     Part.MLP_OUT: PartInfo("what the MLP adds to the stream", _RESID, "linear", "blocks.{layer}.hook_mlp_out"),
     Part.RESID_POST: PartInfo("residual stream leaving the block", _RESID, "linear", "blocks.{layer}.hook_resid_post"),
