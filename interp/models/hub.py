@@ -243,7 +243,7 @@ class HookHub:
         for entry in [entry for entry in place.readers if (entry.reach.carry is not None) is carried]:
             frame = self._frame(module, entry.reach, n_rows)
             view, raw = read(frame, value)
-            if entry.grad:
+            if entry.grad and raw.is_floating_point():
                 if entry.reach.side == "input" and not entry.reach.carry:  # others may read the same tensor
                     value, raw = replaced(frame, value, raw.view_as(raw))
                 _into_graph(raw)
