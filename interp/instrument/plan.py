@@ -122,7 +122,7 @@ def _refusals(plan: CapturePlan, shard: int) -> list[str]:
     found: list[str] = []
     if plan.disk_free is not None and plan.disk_bytes > SPARE * plan.disk_free:
         fits = int(SPARE * plan.disk_free / plan.disk_bytes * plan.n_tokens)
-        smaller = "" if plan.dtype == "int8" else ", or --dtype int8"
+        smaller = "" if plan.dtype == "int8" else ", or --store-dtype int8"
         found.append(
             f"it needs {size_text(plan.disk_bytes)} of disk and {size_text(plan.disk_free)} are free: "
             f"--tokens {fits}{smaller}, fewer --sites, or --out on another disk"
