@@ -42,6 +42,7 @@ class Part(StrEnum):
     MIXER_IN = "mixer_in"
     STATE_IN = "state_in"
     STATE_OUT = "state_out"
+    RECURRENCE_GATE_PRE = "recurrence_gate_pre"
     RECURRENCE_GATE = "recurrence_gate"
     DECAY_PRE = "decay_pre"
     DECAY = "decay"
@@ -167,6 +168,7 @@ PARTS: dict[Part, PartInfo] = {
     Part.MIXER_IN: PartInfo("what enters the recurrence, after the convolution", _INNER, "post", None),
     Part.STATE_IN: PartInfo("B of a state space: how the input enters the state", _STATE, "linear", None, ("ssm_b",)),
     Part.STATE_OUT: PartInfo("C of a state space: how the state is read", _STATE, "linear", None, ("ssm_c",)),
+    Part.RECURRENCE_GATE_PRE: PartInfo("gate on the decay's exponent, before its sigmoid", _CELL, "pre", None),
     Part.RECURRENCE_GATE: PartInfo("gate on the decay's exponent: 0 keeps the state (RG-LRU)", _CELL, "post", None),
     Part.DECAY_PRE: PartInfo("decay of the recurrence, before its non-linearity", _STATE, "pre", None),
     Part.LOG_DECAY: PartInfo("logarithm of the decay, at most 0", _STATE, "post", None),

@@ -82,6 +82,8 @@ class Reach:
     flat: bool = False
     """The module holds (batch * pos, ...); the site is (batch, pos, ...)."""
     view: View | None = None
+    single: View | None = None
+    """The view in a forward of one position, for which some modules have other code and other shapes."""
     instead: Part | None = None
     """The value can only be read: this is the part to edit, which it follows from."""
     axes: tuple[str, ...] | None = None

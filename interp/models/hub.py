@@ -215,6 +215,7 @@ class HookHub:
 
     def _frame(self, module: nn.Module, reach: Reach, n_rows: int | None) -> Frame:
         n_pos = self.call.n_pos if self.call else None
+        reach = replace(reach, view=reach.single) if reach.single and n_pos == 1 else reach
         return Frame(module=module, reach=reach, n_heads=self.table.n_split(reach), n_rows=n_rows, n_pos=n_pos)
 
     def _pass(self, place: _Place, module: nn.Module, value: Any) -> Any:
