@@ -70,7 +70,11 @@ class Ranks:
     def barrier(self) -> None:
         """Where torch.distributed is initialised: until all are here."""
         if self.world > 1 and dist.is_available() and dist.is_initialized():
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:
+                died = "another process of this job has died; run the same capture again to go on"
+                raise ArtefactError(f"rank {self.rank} of {self.world}: {died} ({error})") from error
 
 
 @contextmanager

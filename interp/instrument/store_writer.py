@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -30,7 +31,7 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if kind is None:
+            with suppress(*([Exception] if kind else [])):  # the error that ended the block comes first
                 self.wait()
         finally:
             self._pool.shutdown(wait=True)
