@@ -171,7 +171,8 @@ class LoadedModel:
         self, inputs: Tokens | Int[Tensor, "batch pos"], *, n_new: int, use_cache: bool = True, **kwargs: Any
     ) -> Int[Tensor, "batch total"]:
         """Greedy continuation by `n_new` tokens (always that many), prompt included. Left-pad unequal prompts."""
-        if not self.is_transformers:
+        takes_images = self.table.family is not None and self.table.family.inputs == "pixels"
+        if not self.is_transformers or takes_images:
             raise InterpError(f"{self.source} cannot generate: it is not a transformers causal language model")
         _, named = self.arguments(inputs, {})
         mask = named.get("attention_mask")

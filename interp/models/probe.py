@@ -248,11 +248,16 @@ def _shapes(model: LoadedModel, values: dict[Site, Tensor], inputs: Any) -> Iter
         given = {"batch": n_rows} | ({"pos": n_pos, "query": n_pos, "key": n_pos} if inputs.ndim == 2 else {})
     for site, value in values.items():
         axes = model.table.axes(site)
-        expected = tuple(given.get(axis, model.dims.size(axis)) for axis in axes if axis != "...")
-        known = zip(value.shape, expected, strict=False)
+        gap = axes.index("...") if "..." in axes else len(axes)
+        first, after = [
+            [given.get(axis, model.dims.size(axis)) for axis in part] for part in (axes[:gap], axes[gap + 1 :])
+        ]
+        expected = (*first, *after)
+        known = [*zip(value.shape, first, strict=False), *zip(value.shape[::-1], after[::-1], strict=False)]
         fits = value.ndim >= len(expected) if "..." in axes else value.ndim == len(expected)
         if not fits or any(wanted not in (None, size) for size, wanted in known):
-            note = f"{tuple(value.shape)} instead of {dict(zip(axes, expected, strict=False))}"
+            named = dict(zip([axis for axis in axes if axis != "..."], expected, strict=True))
+            note = f"{tuple(value.shape)} instead of {named}"
             yield _check("shape as the vocabulary says", str(site), 1.0, 0.0, note)
 
 

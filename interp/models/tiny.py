@@ -55,14 +55,16 @@ def tiny_model(
         "n_layers": n_layers, "d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv, "d_mlp": d_mlp,
         "d_head": d_model // n_heads, "n_ctx": n_ctx, "d_vocab": D_VOCAB,
     }  # fmt: skip
-    tiny = tinies[family]
+    tiny, takes = tinies[family]
     bos, eos, pad = range(256, D_VOCAB)
-    fields = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad, **tiny.fields(sizes), **(overrides or {})}
+    specials = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad} if takes == "tokens" else {}
+    fields = {**specials, **tiny.fields(sizes), **(overrides or {})}
     module: nn.Module = getattr(transformers, tiny.model)(getattr(transformers, tiny.config)(**fields))
     _fill(module, seed, std)
     module.to(device=device, dtype=dtype).eval()
     fit_dtype(module, dtype)
-    return LoadedModel(module=module, tokenizer=byte_tokenizer(), source=f"tiny-{family}")
+    tokenizer = byte_tokenizer() if takes == "tokens" else None
+    return LoadedModel(module=module, tokenizer=tokenizer, source=f"tiny-{family}")
 
 
 def tiny_names() -> list[str]:
@@ -70,8 +72,9 @@ def tiny_names() -> list[str]:
     return list(_tinies())
 
 
-def _tinies() -> dict[str, Tiny]:
-    return {name: tiny for family in families().values() for name, tiny in family.tiny.items()}
+def _tinies() -> dict[str, tuple[Tiny, str]]:
+    """Each with what its family takes: tokens or pixels."""
+    return {name: (tiny, family.inputs) for family in families().values() for name, tiny in family.tiny.items()}
 
 
 def byte_tokenizer() -> Any:

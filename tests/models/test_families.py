@@ -14,13 +14,19 @@ import pytest
 import torch
 
 from interp.core.errors import InterpError
+from interp.models.families import families
 from interp.models.tiny import tiny_model, tiny_names
 from tests.models import conformance
 
 RECORD = Path(__file__).with_name("families.json")
 NAMES = tiny_names()
 CHECKS = ("capture", "edit", "gradient", "generation")
-EXCEPTIONS: dict[tuple[str, str], str] = {}
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    (name, "generation"): "it classifies images"
+    for family in families().values()
+    for name in family.tiny
+    if family.inputs == "pixels"
+}
 """(tiny model, check) -> why it cannot pass; the test then demands that it still does not."""
 
 
