@@ -20,16 +20,23 @@ if TYPE_CHECKING:
     from interp.core.run import save_run as save_run
     from interp.core.sites import Site as Site
     from interp.instrument import edits as edits
+    from interp.instrument import experts as experts
     from interp.instrument.capture import capture as capture
     from interp.instrument.edits import edited as edited
     from interp.instrument.tokens import tokenize as tokenize
+    from interp.models.family import Block as Block
+    from interp.models.family import Reach as Reach
+    from interp.models.family import register_block as register_block
     from interp.models.load import load as load
     from interp.models.probe import verify as verify
+    from interp.models.user_mlp import register_mlp as register_mlp
     from interp.report.show import show as show
     from interp.tasks.corpora import load_corpus as load_corpus
 
 _HOME = {
+    "Block": "interp.models.family",
     "InterpError": "interp.core.errors",
+    "Reach": "interp.models.family",
     "Run": "interp.core.run",
     "Site": "interp.core.sites",
     "capture": "interp.instrument.capture",
@@ -37,12 +44,14 @@ _HOME = {
     "load": "interp.models.load",
     "load_corpus": "interp.tasks.corpora",
     "load_run": "interp.core.run",
+    "register_block": "interp.models.family",
+    "register_mlp": "interp.models.user_mlp",
     "save_run": "interp.core.run",
     "show": "interp.report.show",
     "tokenize": "interp.instrument.tokens",
     "verify": "interp.models.probe",
 }
-__all__ = ["edits", "run", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["edits", "experts", "run", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def run(method: str, model: Any, **options: Any) -> Any:
@@ -55,8 +64,8 @@ def run(method: str, model: Any, **options: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "edits":
-        return importlib.import_module("interp.instrument.edits")
+    if name in ("edits", "experts"):
+        return importlib.import_module(f"interp.instrument.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'interp' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -200,6 +200,8 @@ class Block:
     branches: Callable[[nn.Module], tuple[str, ...]] | None = None
     """Further runs beside the main one, each with all parts and layers: their sites are `path@branch:part`."""
     rules: tuple[Rule, ...] = ()
+    weights: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
+    """Its weights, paths relative to the module; used where a family's own layer lacks them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -351,7 +351,7 @@ def _gate(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: floa
         product = local[Part.GATE] * local[Part.UP]
         yield _close("gate * up == neurons", f"neurons.{layer}", product, local[Part.NEURONS], limit)
     for before, result in ((Part.GATE_PRE, Part.GATE), (Part.NEURONS_PRE, Part.NEURONS)):
-        if act and {before, result} <= set(local):
+        if act and act.format(layer=layer) in model.table.modules and {before, result} <= set(local):
             name, left = f"act({before}) == {result}", _run(model, act, layer, local[before])
             yield _close(name, f"{result}.{layer}", left, local[result], limit)
 
@@ -420,15 +420,20 @@ def _moved(site: Site, changed: Tensor, untouched: Tensor, rows: slice) -> Check
 
 
 def _disturbed(model: LoadedModel, inputs: Any, where: list[tuple[Site, int | None]]) -> Tensor:
-    """The output with noise added at each site, in its row only."""
+    """The output with noise added at each site, in its row only; values that have one sign keep it."""
 
     def writer(value: Tensor, site: Site, row: int | None) -> Tensor:
         index = ... if row is None else slice(row, row + 1)
         part = value[index]
         noise = torch.randn(part.shape, generator=torch_generator(1, str(site))).to(part)
         scale = part.clamp_min(-1e4).abs().mean() + 0.1
+        moved = part.clamp_min(-1e4) + scale * noise
+        if bool((part >= 0).all()):  # a decay above 1, or the root of a negative number, proves nothing
+            moved = moved.abs()
+        elif bool((part <= 0).all()):
+            moved = -moved.abs()
         new = value.clone()
-        new[index] = part.clamp_min(-1e4) + scale * noise
+        new[index] = moved
         return new
 
     undo = [

@@ -85,7 +85,23 @@ class FamilyTable:
             if all(other in self.modules or not other for other in needed):
                 carry = reach.carry.format(layer=layer) if reach.carry else None
                 return replace(reach, path=path, carry=carry, chunk=self._chunk(reach.chunk))
-        return None
+        return self._of_block(part, layer) if reaches else None
+
+    def _of_block(self, part: Part, layer: int | None) -> Reach | None:
+        """A part that the layer has in a module of a known kind instead: a user's own MLP in a known architecture."""
+        offered = [(path, block.parts[part]) for path, block in self._blocks_of(layer) if part in block.parts]
+        if len(offered) != 1:
+            return None
+        path, reach = offered[0]
+        return replace(reach, path=_join(path, reach.path))
+
+    def _blocks_of(self, layer: int | None) -> list[tuple[str, Block]]:
+        """Modules of a known kind inside a layer."""
+        if self.family is None or layer is None:
+            return []
+        within = f"{self.family.blocks}.{layer}."
+        found = [(path, block) for path, block in self.blocks.items() if path.startswith(within)]
+        return [(path, block) for path, block in found if "@" not in path and block.layers is None]
 
     def _chunk(self, chunk: Chunk | None) -> Chunk | None:
         """Names of sizes become numbers."""
@@ -173,7 +189,7 @@ class FamilyTable:
                 raise unknown("site", str(site), self.names, error=SiteError)
             reach, path = self.blocks[path].parts[site.part], path.partition("@")[0]
             nth = reach.nth + reach.stride * (site.layer or 0)
-            return replace(reach, path=".".join(filter(None, (path, reach.path))), nth=nth)
+            return replace(reach, path=_join(path, reach.path), nth=nth)
         side: Side = "input" if path.endswith("@input") else "output"
         path = path.removesuffix("@input")
         if path not in self.modules:
@@ -215,7 +231,9 @@ class FamilyTable:
         for spec in (specs,) if isinstance(specs, Weight) else specs:
             if self._parameter(spec.path.format(layer=layer)) is not None:
                 return spec
-        return None
+        blocks = self._blocks_of(layer) if specs else []
+        found = [(path, block.weights[name]) for path, block in blocks if name in block.weights]
+        return replace(found[0][1], path=_join(found[0][0], found[0][1].path)) if len(found) == 1 else None
 
     def _weight(self, name: str, layer: int | None) -> Weight:
         weights = self.family.weights if self.family else {}
@@ -258,6 +276,10 @@ class FamilyTable:
         if spec.interleaved and isinstance(chunk[1], int):
             return tensor[..., chunk[0] :: chunk[1]]
         return pieces(chunk, tensor)[chunk[0]]
+
+
+def _join(path: str, inner: str) -> str:
+    return ".".join(filter(None, (path, inner)))
 
 
 def _spans(layers: list[int]) -> str:

@@ -10,8 +10,10 @@ from operator import attrgetter
 from torch import nn
 
 from interp.core.sites import Part
-from interp.models.family import Dims, Family, Reach
+from interp.models.family import Dims, Family, Reach, block_of
 from interp.models.table import FamilyTable
+
+INSIDE_MLP = frozenset({Part.GATE_PRE, Part.GATE, Part.UP, Part.NEURONS_PRE, Part.NEURONS})
 
 
 @cache
@@ -40,10 +42,15 @@ def bind(module: nn.Module) -> FamilyTable:
 
 
 def fits(module: nn.Module, family: Family) -> bool:
-    """Whether every part of the family is somewhere in this module."""
+    """Whether every part of the family is somewhere in this module.
+
+    The inside of an MLP may be that of a user's class: then its block says which parts there are.
+    """
     paths = {path for path, _ in module.named_modules()}
     if family.blocks not in paths:
         return False
+    blocks = [block for inner in module.get_submodule(family.blocks).modules() if (block := block_of(inner))]
+    own = INSIDE_MLP if any(INSIDE_MLP & set(block.parts) for block in blocks) else frozenset[Part]()
     layers = range(len(list(module.get_submodule(family.blocks).children())))
 
     def there(part: Part) -> bool:
@@ -51,7 +58,7 @@ def fits(module: nn.Module, family: Family) -> bool:
         listed = (reaches,) if isinstance(reaches, Reach) else reaches
         return any(not reach.path or reach.path.format(layer=layer) in paths for reach in listed for layer in layers)
 
-    return all(there(part) for part in family.parts if part not in family.optional)
+    return all(there(part) for part in family.parts if part not in family.optional | own)
 
 
 def with_dims(module: nn.Module, family: Family) -> FamilyTable:
