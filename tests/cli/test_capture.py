@@ -1,0 +1,119 @@
+"""`interp capture`, `interp plan capture`, `interp audit` on a tiny model, alone and under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from interp.cli.capture import split_sites
+from interp.instrument.store import ActivationStore
+from tests.cli.conftest import Cli
+
+TINY = ("--model", "tiny-llama", "--corpus", "docs:assignment", "--length", "64")
+
+
+def test_names_are_split_at_commas_outside_braces() -> None:
+    assert split_sites("resid_post.*, gate.{0,1},z.2") == ["resid_post.*", "gate.{0,1}", "z.2"]
+
+
+def test_a_capture_is_planned_written_found_again_and_audited(cli: Cli, work: Path) -> None:
+    flags = (*TINY, "--sites", "resid_post.1,gate.{0,2}", "--tokens", "640", "--json")
+    plan = cli("plan", "capture", *flags)
+    assert plan.status == 0 and plan.json["fits"] and plan.json["n_tokens"] == 640
+    first = cli("capture", *flags)
+    assert first.status == 0 and first.json["tokens"] == 640
+    folder = work / first.json["store"]
+    assert abs(plan.json["disk_bytes"] - sum(p.stat().st_size for p in folder.iterdir())) < 0.1 * first.json["bytes"]
+    stamp = (folder / "manifest.json").stat().st_mtime_ns
+    assert cli("capture", *flags).json == first.json
+    assert (folder / "manifest.json").stat().st_mtime_ns == stamp
+    store = ActivationStore.open(folder)
+    assert set(store.sites) == {"resid_post.1", "gate.0", "gate.2"}
+    assert cli("audit", folder).status == 0
+    shard = folder / "shard-00000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    (folder / "extra.pkl").write_bytes(b"\x80\x04.")
+    found = cli("audit", "runs/stores", "--json")
+    (problems,) = found.json.values()
+    assert found.status == 1
+    assert {p["file"] for p in problems} == {"shard-00000.safetensors", "extra.pkl"}
+
+
+def test_padding_and_its_share_are_said(cli: Cli) -> None:
+    flags = ("--model", "tiny-llama", "--corpus", "docstrings:einops", "--length", "200", "--sites", "z.1")
+    said = cli("capture", *flags, "--packing", "pad", "--store-dtype", "int8")
+    assert said.status == 0 and "padding" in said.out and "z.1" in said.out and "4 8" in said.out
+
+
+def test_arrays_and_samples(cli: Cli, work: Path) -> None:
+    said = cli("capture", "--model", "tiny-llama", "--sites", "z.1", "--corpus", "sampled?seed=2", "--tokens", "40",
+               "--length", "20", "--json")  # fmt: skip
+    assert said.json["tokens"] == 40
+    assert "say how much with --tokens" in cli("capture", *TINY[:2], "--sites", "z.1", "--corpus", "sampled").reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--sites", "resid_pots.1"), "nearest: resid_post.1"),
+        (("--sites", "z.1", "--packing", "pck"), "unknown packing 'pck'; nearest: pack"),
+        (("--sites", "z.1", "--store-dtype", "int4"), "unknown store dtype 'int4'; nearest: int8"),
+        (("--sites", "z.1", "--length", "9999"), "context"),
+        (("--sites", ""), "no sites were asked for"),
+        (("--sites", "z.1", "--separator", "100000"), "separator 100000 is no token"),
+        (("--sites", "pattern.1"), "pattern.1"),
+        (("--sites", "z.1", "--out", "a_file"), "a_file"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(cli: Cli, work: Path, flags: tuple[str, ...], says: str) -> None:
+    (work / "a_file").write_text("here")
+    assert says in cli("capture", *TINY, "--tokens", "128", *flags).reason
+    assert [path.name for path in work.iterdir()] == ["a_file"]
+
+
+def test_a_job_that_will_not_fit_is_refused_unless_forced(
+    cli: Cli, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from interp.instrument import plan
+
+    monkeypatch.setattr(plan, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    flags = (*TINY, "--tokens", "640", "--sites", "z.1")
+    assert "--tokens" in cli("capture", *flags).reason and not list(work.iterdir())
+    said = cli("plan", "capture", *flags)
+    assert said.status == 1 and "will not fit" in said.out
+    assert cli("capture", *flags, "--force").status == 0
+
+
+def test_auditing_nothing_says_so(cli: Cli) -> None:
+    said = cli("audit", "nowhere")
+    assert said.status == 1 and "missing" in said.out
+
+
+def _torchrun(folder: Path, n: int) -> dict[str, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m", "interp.cli",
+        "capture", *TINY, "--tokens", "1280", "--sites", "resid_post.1", "--out", str(folder), "--json",
+        "--shard-bytes", "40000",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {path.name: path.read_bytes() for path in next(folder.iterdir()).iterdir() if path.is_file()}
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
+    one, two = _torchrun(tmp_path / "one", 1), _torchrun(tmp_path / "two", 2)
+    assert sum(name.endswith(".safetensors") for name in one) == 4
+    assert one == two
+    first, second = (ActivationStore.open(next((tmp_path / name).iterdir())) for name in ("one", "two"))
+    assert torch.equal(next(first.blocks("resid_post.1")), next(second.blocks("resid_post.1")))
