@@ -171,6 +171,8 @@ class Family:
     tiny: Mapping[str, Tiny] = field(default_factory=dict[str, Tiny])
     """Tiny models of this family by name, as in `interp.load("tiny-llama")`."""
     inputs: Literal["tokens", "pixels"] = "tokens"
+    left_padding: bool = True
+    """Whether padding before a text leaves its values alone: a recurrence may have no mask for it."""
     act: str | None = None
     """Path of the MLP's non-linearity."""
     down: str | None = None

@@ -158,9 +158,18 @@ class LoadedModel:
             raise InterpError(f"the input has no tokens (shape {tuple(ids.shape)})")
         named: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": False, **kwargs}
         if mask is not None and not bool(mask.all()):
+            self._check_padding(mask)
             named["attention_mask"] = mask.to(self.device).long()
             named.setdefault("position_ids", (named["attention_mask"].cumsum(-1) - 1).clamp_min(0))
         return (), named
+
+    def _check_padding(self, mask: Tensor) -> None:
+        """Refuse padding on the left where the model reads it like text."""
+        if self.table.family is not None and not self.table.family.left_padding and not bool(mask[:, 0].all()):
+            raise InterpError(
+                f"{self.source} has no mask for padding: on the left it would change every value after it; pad on the "
+                "right (padding_side='right'), or give texts of equal length or one at a time"
+            )
 
     @property
     def is_transformers(self) -> bool:
@@ -179,6 +188,7 @@ class LoadedModel:
         if mask is not None and not bool(mask[:, -1].all()):
             raise InterpError("generation needs left padding: the last position of some prompt is padding")
         mask = torch.ones_like(named["input_ids"]) if mask is None else mask
+        _forget(self.module, named["input_ids"])
         with self._generating(named["input_ids"].shape[1]), torch.no_grad():
             return cast(Any, self.module).generate(
                 input_ids=named["input_ids"], attention_mask=mask, max_new_tokens=n_new, min_new_tokens=n_new,
@@ -198,6 +208,13 @@ class LoadedModel:
     def __repr__(self) -> str:
         shape = ", ".join(f"{k}={v}" for k, v in vars(self.dims).items() if v is not None)
         return f"LoadedModel({self.source}, {self.table.name}, {len(self.table.sites)} sites, {shape})"
+
+
+def _forget(module: nn.Module, ids: Tensor) -> None:
+    """RecurrentGemma keeps its state in its modules, and takes a prompt of one token for a step behind the last text."""
+    begin = getattr(module, "_setup_cache", None)
+    if begin is not None:
+        begin(module.config, len(ids), ids.device, next(module.parameters()).dtype)
 
 
 def _greedy(module: nn.Module) -> dict[str, Any]:
