@@ -91,7 +91,7 @@ def latent_fields(of: Mapping[str, int], **more: Any) -> dict[str, Any]:
     """Config fields of a tiny model: a dense layer first, then eight experts in two groups and one shared expert."""
     return llama_fields(
         of, num_key_value_heads=of["n_heads"], qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8, kv_lora_rank=14,
-        n_routed_experts=8, num_experts_per_tok=3, n_group=2, topk_group=1, moe_intermediate_size=12,
+        n_routed_experts=8, num_experts_per_tok=3, n_group=2, topk_group=1, moe_intermediate_size=16,
         n_shared_experts=1, first_k_dense_replace=1, **more,
     )  # fmt: skip
 

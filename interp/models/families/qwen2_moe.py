@@ -29,7 +29,7 @@ SHARED_WEIGHT = {
 
 def _fields(of: Mapping[str, int]) -> dict[str, Any]:
     return llama_fields(
-        of, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12, shared_expert_intermediate_size=20,
+        of, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24,
         mlp_only_layers=[0],
     )  # fmt: skip
 

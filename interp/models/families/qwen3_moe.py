@@ -12,7 +12,7 @@ from interp.models.family import Family, Tiny
 
 def _fields(of: Mapping[str, int]) -> dict[str, Any]:
     return llama_fields(
-        of, head_dim=of["d_head"], num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, norm_topk_prob=True,
+        of, head_dim=of["d_head"], num_experts=6, num_experts_per_tok=3, moe_intermediate_size=16, norm_topk_prob=True,
         mlp_only_layers=[0],
     )  # fmt: skip
 
