@@ -20,6 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from interp.instrument.store import ActivationStore, StoreConfig
 from interp.instrument.store_folders import Draft, LocalFolder
@@ -117,7 +119,10 @@ def main() -> None:
         args.once.touch()
     torch.set_num_threads(1)
     if args.backend != "none":
-        torch.distributed.init_process_group(args.backend)
+        # A restarted worker may find the addresses of dead ones in the agent's store, so each attempt has its own keys.
+        found, rank, world = next(rendezvous("env://"))
+        attempt = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], found)
+        torch.distributed.init_process_group(args.backend, store=attempt, rank=rank, world_size=world)
     capture_store(args.folder, die_at=die_at)
     if args.backend != "none":
         torch.distributed.destroy_process_group()
