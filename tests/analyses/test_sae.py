@@ -139,7 +139,7 @@ def test_every_family_and_a_site_of_the_gate(model):
         ({"site": "resid_post.*"}, "stands for 3 sites"),
         ({"drop_norm": 1e-9}, "raise n_sequences or drop_norm"),
         ({"drop_norm": -1.0}, "ratio=-1"),
-        ({"store_dtype": "int8"}, "unknown store dtype 'int8'"),
+        ({"store_dtype": "int4"}, "unknown store dtype 'int4'"),
         ({"n_steps": 0}, "at least 1"),
     ],
 )
