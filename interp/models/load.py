@@ -72,6 +72,8 @@ def _live(module: nn.Module, tokenizer: Any) -> LoadedModel:
 def _named(what: str, tokenizer: Any, *, device: Any, dtype: torch.dtype, device_map: Any) -> LoadedModel:
     place: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map}
     path = Path(what).expanduser()
+    if what in BUNDLED and BUNDLED[what].takes == "images":
+        return _efficientnet(what, device=device, dtype=dtype)
     if what in BUNDLED:
         folder = _converted(BUNDLED[what].paths(), what)
         return _from_converted(folder, what, tokenizer, **place)
@@ -102,6 +104,13 @@ def _from_converted(folder: Path, source: str, tokenizer: Any, *, dtype: torch.d
     model = _from_folder(folder, source, tokenizer, dtype=dtype, **place)
     known = gguf.facts(folder)["weight_hash"] if dtype is torch.float32 else None
     return LoadedModel(module=model.module, tokenizer=model.tokenizer, source=source, weight_hash=known)
+
+
+def _efficientnet(what: str, *, device: Any, dtype: torch.dtype) -> LoadedModel:
+    from interp.models.efficientnet import open_efficientnet
+
+    module, known = open_efficientnet(device=device, dtype=dtype)
+    return LoadedModel(module=module, source=what, weight_hash=known if dtype is torch.float32 else None)
 
 
 def _tiny(what: str, *, device: Any, dtype: torch.dtype) -> LoadedModel:

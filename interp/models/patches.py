@@ -7,7 +7,7 @@ this for one model and one size of image, so that an edit can name a patch and a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,7 +74,7 @@ class PatchRecord:
 
 def patch_record(model: LoadedModel, height: int | None = None, width: int | None = None) -> PatchRecord:
     """The record of a vision transformer for images of this size; by default the size it was built for."""
-    family, config = model.table.family, getattr(model.module, "config", None)
+    family, config = model.table.family, cast(Any, getattr(model.module, "config", None))
     if family is None or family.inputs != "pixels" or not hasattr(config, "patch_size"):
         raise InterpError(f"{model.source} is no vision transformer with a known table; it has no patches")
     size, own = _pair(config.patch_size), _pair(config.image_size)
