@@ -10,102 +10,61 @@ one generation are joined along the position axis, each position once, whether o
 
 Values of a known family are kept by reference, which costs nothing, and their version is checked when the capture
 ends: a model that writes into an activation afterwards is an error that asks for `snapshot=True`. Module-path sites
-are copied, since any network may work in place.
+are copied, since any network may work in place. Scores and patterns are computed when they are read, from query, key
+and mask, where these take less memory. Half precision overflows: there, values that are not finite are reported.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from interp.core.errors import InterpError, NeverFiredError, unknown
+from interp.core.errors import InterpError, NeverFiredError
 from interp.core.sites import Part, Site
-from interp.instrument.select import At, Scope, check_scope, columns, position_axis, selected
+from interp.instrument.activations import Activations, CaptureBuffers, CaptureReceipt, Record
+from interp.instrument.guards import check_instrumentable, frozen, in_backward
+from interp.instrument.select import (
+    At,
+    Scope,
+    check_scope,
+    chosen_heads,
+    columns,
+    has_heads,
+    position_axis,
+    selected,
+)
+from interp.models.attention import Later
 from interp.models.model import LoadedModel
 
+__all__ = ["Activations", "CaptureBuffers", "CaptureReceipt", "Finite", "NonFiniteWarning", "Record", "capture"]
 
-@dataclass
-class Record:
-    """One firing of one site."""
-
-    value: Tensor
-    raw: Tensor | None
-    """Kept only when gradients are wanted."""
-    where: Tensor
-    """Absolute positions of the value's position axis."""
-    version: int | None
-    """Version counter of a value kept by reference."""
+Finite = Literal["warn", "raise", "off"]
 
 
-@dataclass(frozen=True)
-class CaptureReceipt:
-    """What a capture saw."""
-
-    calls: dict[str, int]
-    """How often each site fired."""
-    n_tokens: int
-    """Token positions kept per site, at most."""
-    n_bytes: int
-    seconds: float
+class NonFiniteWarning(UserWarning):
+    """A captured value is NaN or infinite."""
 
 
-@dataclass
-class Activations:
-    """What a capture holds. Index by site or name."""
-
-    model: LoadedModel
-    sites: list[Site]
-    records: dict[Site, list[Record]] = field(default_factory=dict[Site, list[Record]])
-    receipt: CaptureReceipt | None = None
-
-    def __getitem__(self, site: str | Site) -> Tensor:
-        """The activation of a site that fired once (or in one generation)."""
-        records = self._of(site)
-        if len(records) > 1:
-            raise InterpError(f"{site} fired {len(records)} times; acts.calls({str(site)!r}) lists them in order")
-        return records[0].value
-
-    def calls(self, site: str | Site) -> list[Tensor]:
-        """One tensor per firing, in order: a module used several times, or several forwards in one capture."""
-        return [record.value for record in self._of(site)]
-
-    def grad(self, site: str | Site) -> Tensor:
-        """Gradient that reached the site in the last backward pass; needs capture(grad=True)."""
-        record = self._of(site)[-1]
-        if record.raw is None:
-            raise InterpError(f"gradients were not asked for; use capture(model, [{str(site)!r}], grad=True)")
-        if record.raw.grad is None:
-            raise InterpError(f"no gradient has reached {site}: call backward() on something that depends on it first")
-        n_rows = len(record.value) if record.value.ndim else 1
-        return self.model.hub.of_gradient(self.model.table.one(site), record.raw.grad, n_rows)
-
-    def stack(self, pattern: str) -> Tensor:
-        """Sites of equal shape stacked along a new first axis, in layer order."""
-        return torch.stack([self[site] for site in self.model.resolve(pattern)])
-
-    def items(self) -> Iterator[tuple[Site, Tensor]]:
-        for site in self.sites:
-            yield site, self[site]
-
-    def __contains__(self, site: str | Site) -> bool:
-        return any(s in self.records for s in self.model.resolve(site))
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def _of(self, site: str | Site) -> list[Record]:
-        resolved = self.model.table.one(site)
-        if not self.records.get(resolved):
-            if resolved in self.sites:
-                raise NeverFiredError(f"{resolved} has not fired yet: call the model inside the capture")
-            raise unknown("captured site", str(resolved), map(str, self.sites))
-        return self.records[resolved]
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    at: At
+    heads: Sequence[int] | None
+    grad: bool
+    stop: bool
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    scope: Scope
+    snapshot: bool
+    finite: Finite
+    buffers: CaptureBuffers | None
 
 
 class _Capture:
@@ -113,15 +72,22 @@ class _Capture:
 
     def __init__(self, model: LoadedModel, sites: list[Site], options: _Options) -> None:
         self.model, self.options = model, options
-        self.acts = Activations(model, sites)
+        buffers = options.buffers
+        if buffers is not None:
+            buffers.turn += 1
+        self.acts = Activations(model, sites, buffers=buffers, turn=buffers.turn if buffers else 0)
         self.generated: dict[tuple[Site, int], list[Record]] = {}
         """What each generation brought, call by call."""
         self.last_forward: dict[Site, int] = {}
         """Number of the last forward in which each site fired."""
         self.reached: dict[tuple[Site, int], int] = {}
         """First position of each generation that has not been computed yet; without a cache positions come again."""
+        self.ends: list[tuple[Site, Tensor]] = []
+        """Smallest and largest value of each firing, NaN if there is one; read at the end, so that a GPU runs on."""
 
     def reader(self, site: Site, value: Tensor, raw: Tensor) -> None:
+        if in_backward():
+            return  # gradient checkpointing computes it a second time
         options, call = self.options, self.model.hub.call
         axis = _axis(site, value)
         self.last_forward[site] = self.model.hub.n_forward
@@ -130,27 +96,54 @@ class _Capture:
             raise InterpError(f"{site} is {tuple(value.shape)} here, without a position axis; drop positions")
         if options.grad and generating:
             raise InterpError("generation runs without gradients; capture(grad=True) takes model(tokens)")
+        if options.finite != "off" and value.is_floating_point() and value.numel():
+            self.ends.append((site, torch.stack(value.detach().aminmax())))
         if options.grad:
             where = torch.arange(value.shape[axis] if axis is not None else 0)
-            self._keep(site, Record(value, raw, where, None))
+            self._keep(site, Record(value, raw, where))
             return
         where = columns(call, value.shape[axis]) if axis is not None else torch.arange(0)
-        kept, picked = value, False
         if axis is not None and (options.at is not None or options.scope != "all" or generating):
             kept, where = self._pick(site, value, where, axis)
-            picked = True
-        moved = kept.to(dtype=options.dtype or kept.dtype, device=options.device or kept.device)
-        version = None
-        if moved is value or (moved is kept and not picked):
-            moved, version = (moved.clone(), None) if self._must_copy(site, value) else (moved, value._version)
-        self._keep(site, Record(moved.detach(), None, where, version))
+            kept = kept.to(dtype=options.dtype or kept.dtype, device=options.device or kept.device)
+            self._keep(site, Record(kept.detach(), None, where))
+            return
+        self._keep(site, self._whole(site, value, where))
 
-    def _must_copy(self, site: Site, value: Tensor) -> bool:
-        """By reference only where the value is nobody else's, keeps nothing larger alive and nothing is in place."""
+    def later(self, site: Site, later: Later) -> None:
+        """Scores or a pattern of a whole forward: computed when read, if that keeps less memory."""
+        if in_backward():
+            return
+        call, held = self.model.hub.call, self.model.hub.held
+        unseen = {t.data_ptr(): t.numel() * t.element_size() for t in later.needs if t.data_ptr() not in held}
+        cached = later.past or later.shape[2] != later.shape[3] or (call is not None and call.prompt is not None)
+        larger = sum(unseen.values()) > later.shape.numel() * later.dtype.itemsize
+        if cached or larger or any(t.is_inference() for t in later.needs):
+            value = later.value()
+            self.reader(site, value, value)
+            return
+        held.update(unseen)
+        self.last_forward[site] = self.model.hub.n_forward
+        versions = tuple((t, t._version) for t in later.needs)
+        self._keep(site, Record(later, None, columns(call, later.shape[2]), versions))
+
+    def _whole(self, site: Site, value: Tensor, where: Tensor) -> Record:
+        """By reference where the value keeps nothing larger alive and nothing is in place; else a copy."""
+        options = self.options
+        dtype, device = options.dtype or value.dtype, torch.device(options.device or value.device)
+        if options.buffers is not None and device == value.device:
+            number = len(self.acts.records.get(site, ()))
+            return Record(options.buffers.fill(site, number, value, dtype), None, where)
+        moved = value.to(dtype=dtype, device=device)
+        if moved is not value:
+            return Record(moved.detach(), None, where)
         larger = value.untyped_storage().nbytes() > 1.5 * value.numel() * value.element_size()
+        if options.snapshot or site.path is not None or larger or value.is_inference():
+            return Record(value.detach().clone(), None, where)
         shared = site.part is Part.LOGITS or value.data_ptr() in self.model.hub.held
         self.model.hub.held.add(value.data_ptr())
-        return self.options.snapshot or site.path is not None or larger or shared or value.is_inference()
+        kept = value.detach()
+        return Record(kept, None, where, ((kept, kept._version),), shared)
 
     def _pick(self, site: Site, value: Tensor, where: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Copy of the wanted positions; while generating, only those not seen before."""
@@ -197,30 +190,35 @@ class _Capture:
                 f" the capture, with a path that runs this module (scope={self.options.scope!r})"
             )
         for site, records in fired.items():
-            for record in records:
-                if record.version is not None and record.value._version != record.version:
-                    raise InterpError(f"{site} was overwritten in place after it was captured; pass snapshot=True")
-        values = [record.value for records in fired.values() for record in records]
+            if any(record.overwritten for record in records):
+                raise InterpError(f"{site} was overwritten in place after it was captured; pass snapshot=True")
+        self.acts.checked = True
+        every = [record for records in fired.values() for record in records]
         self.acts.receipt = CaptureReceipt(
             calls={str(site): len(fired[site]) for site in self.acts.sites},
-            n_tokens=max(
-                (len(r.where) * r.value.shape[0] for rs in fired.values() for r in rs if r.value.ndim), default=0
-            ),
-            n_bytes=sum(value.numel() * value.element_size() for value in values),
+            n_tokens=max((len(r.where) * r.shape[0] for r in every if r.shape), default=0),
+            n_bytes=sum(record.n_bytes for record in every),
             seconds=seconds,
+            nonfinite=self._nonfinite(),
         )
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    at: At
-    heads: Sequence[int] | None
-    grad: bool
-    stop: bool
-    dtype: torch.dtype | None
-    device: torch.device | str | None
-    scope: Scope
-    snapshot: bool
+    def _nonfinite(self) -> dict[str, int] | None:
+        """Sites with values that are not finite; says so, or refuses, as `finite` asks."""
+        if self.options.finite == "off":
+            return None
+        found: dict[str, int] = {}
+        for site, ends in self.ends:
+            if not bool(torch.isfinite(ends).all()):
+                found[str(site)] = found.get(str(site), 0) + 1
+        if found:
+            text = (
+                f"{next(iter(found))} is the first of {len(found)} sites with NaN or infinity ({self.model.dtype}); "
+                "look at the input and the weights before it, or load the model in float32"
+            )
+            if self.options.finite == "raise":
+                raise InterpError(text)
+            warnings.warn(text, NonFiniteWarning, stacklevel=4)
+        return found
 
 
 def _axis(site: Site, value: Tensor) -> int | None:
@@ -233,7 +231,11 @@ def _join(records: list[Record], axis: int) -> Record:
     values = [record.value for record in records]
     n_last = max(value.shape[-1] for value in values)
     padded = [torch.nn.functional.pad(value, (0, n_last - value.shape[-1])) for value in values]
-    return Record(torch.cat(padded, dim=axis), None, torch.cat([record.where for record in records]), None)
+    return Record(torch.cat(padded, dim=axis), None, torch.cat([record.where for record in records]))
+
+
+RECOMPUTED = (Part.ATTN_SCORES, Part.PATTERN)
+"""What the hub computes again beside the model's own attention."""
 
 
 @contextmanager
@@ -249,14 +251,20 @@ def capture(
     device: torch.device | str | None = None,
     scope: Scope = "all",
     snapshot: bool = False,
+    finite: Finite | None = None,
+    buffers: CaptureBuffers | None = None,
 ) -> Generator[Activations, None, None]:
     """Capture sites of every forward of `model` inside the block.
 
     positions: which tokens to keep (see `interp.instrument.select`); they are copied, so that the rest is freed.
     heads: which heads of sites with a head axis; scores and patterns are recomputed for these alone.
-    grad: keep the values in the graph; after backward, `acts.grad(site)`.
+    grad: keep the values in the graph; after backward, `acts.grad(site)`. Parameters are frozen meanwhile: they get no
+        gradient, and the graph begins at the first site.
     stop: end a forward called through `model` after the deepest site; module-path sites run it to the end.
     scope: while generating, `prompt`, `new` (tokens fed back) or `all`.
+    finite: look for NaN and infinity: `warn` names the first site, `raise` refuses; `receipt.nonfinite` lists them.
+        By default half-precision models warn and others are not looked at.
+    buffers: memory to fill, used again by the next capture; faster where many sites are captured again and again.
     Raises SiteError for unknown sites, NeverFiredError if a site did not fire, InterpError if a value was overwritten.
     """
     check_scope(scope)
@@ -265,9 +273,16 @@ def capture(
         raise InterpError("no sites were asked for; model.sites() lists them")
     if grad and (positions is not None or heads is not None or dtype is not None or device is not None):
         raise InterpError("grad=True keeps whole tensors where they are; drop positions, heads, dtype and device")
-    chosen = _heads(model, found, heads)
+    if grad and buffers is not None:
+        raise InterpError("grad=True keeps the values in the graph, not in buffers; drop one of the two")
+    check_instrumentable(model, grad=grad)
+    chosen = chosen_heads(model, found, heads)
+    plain = positions is None and dtype is None and device is None and scope == "all" and not snapshot and not grad
+    looked = finite or ("warn" if model.dtype in (torch.float16, torch.bfloat16) else "off")
+    lazy = plain and looked == "off" and buffers is None
     options = _Options(
         at=positions, heads=chosen, grad=grad, dtype=dtype, device=device, scope=scope, snapshot=snapshot,
+        finite=looked, buffers=buffers,
         stop=stop and not grad and all(site.part is not Part.MODULE for site in found),
     )  # fmt: skip
     collector = _Capture(model, found, options)
@@ -277,30 +292,16 @@ def capture(
     started = time.perf_counter()
     try:
         with ExitStack() as attached:
+            if grad:
+                attached.enter_context(frozen(model.module))
             for site in found:
                 reader = partial(collector.reader, site)
-                wanted = chosen if _has_heads(site) else None
-                attached.callback(model.hub.add_reader(site, reader, wanted, grad=grad))
+                wanted = chosen if has_heads(site) else None
+                later = partial(collector.later, site) if lazy and site.part in RECOMPUTED else None
+                attached.callback(model.hub.add_reader(site, reader, wanted, grad=grad, later=later))
             yield collector.acts
             collector.finish(time.perf_counter() - started)
     finally:
         model.wants_grad -= grad
         model.hub.stoppers -= options.stop
         model.hub.pending.remove(collector.waits)
-
-
-def _has_heads(site: Site) -> bool:
-    return bool({"head", "kv_head"} & set(site.info.axes))
-
-
-def _heads(model: LoadedModel, sites: list[Site], heads: int | Sequence[int] | None) -> list[int] | None:
-    if heads is None:
-        return None
-    listed = [heads] if isinstance(heads, int) else list(heads)
-    for site in filter(_has_heads, sites):
-        size = model.dims.size("kv_head" if "kv_head" in site.info.axes else "head") or 0
-        if any(not 0 <= head < size for head in listed):
-            raise InterpError(f"{site} has heads 0 to {size - 1}, asked for {listed}")
-    if not any(map(_has_heads, sites)):
-        raise InterpError(f"heads={listed} was given, but no site asked for has a head axis (z, q, k, v, pattern)")
-    return listed

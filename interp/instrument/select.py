@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Literal
+from operator import index
+from typing import Literal, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from interp.core.errors import InterpError
 from interp.core.sites import Site
-from interp.models.hub import Call
+from interp.models.calls import Call
+from interp.models.model import LoadedModel
 
 
 class Last(Enum):
@@ -32,7 +34,7 @@ class Last(Enum):
 last = Last.LAST
 """Each row's last real token of the prompt."""
 
-At = None | int | Sequence[int] | Tensor | Last
+At = None | SupportsIndex | Sequence[SupportsIndex] | Tensor | Last
 Scope = Literal["prompt", "new", "all"]
 
 
@@ -74,12 +76,25 @@ def _at(at: At, where: Tensor, call: Call | None, n_rows: int, prompt: int) -> T
         at = last_real(call, n_rows, prompt)
     if isinstance(at, Tensor) and at.dtype == torch.bool:
         return _masked(at, where, n_rows, prompt)
-    if isinstance(at, Tensor) and at.ndim == 1:
+    if isinstance(at, Tensor) and at.ndim == 1 and not at.is_floating_point():
         if len(at) != n_rows:
             raise InterpError(f"at has {len(at)} positions, one per row, but the input has {n_rows} rows")
         return where[None] == _wrap(at.cpu(), prompt)[:, None]
-    listed = torch.as_tensor([at] if isinstance(at, int) else list(at), dtype=torch.long)
-    return every & torch.isin(where, _wrap(listed, prompt))
+    return every & torch.isin(where, _wrap(torch.tensor(_whole_numbers(at), dtype=torch.long), prompt))
+
+
+def _whole_numbers(at: object) -> list[int]:
+    """A position or a list of them; a bool or a float is no position, and an array does not say what its axis is."""
+    listed: list[object] = list(at) if isinstance(at, Sequence) else [at]  # pyright: ignore[reportUnknownArgumentType]
+    try:
+        if any(isinstance(item, bool) or getattr(item, "dtype", None) == torch.bool for item in listed):
+            raise TypeError
+        return [index(item) for item in listed]  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        raise InterpError(
+            f"positions {at!r} are no positions; give an int, a list of ints, an integer tensor (batch,), a bool "
+            "tensor (batch, pos), or last"
+        ) from error
 
 
 def _masked(at: Tensor, where: Tensor, n_rows: int, prompt: int) -> Tensor:
@@ -101,3 +116,22 @@ def last_real(call: Call | None, n_rows: int, prompt: int) -> Int[Tensor, " batc
         return torch.full((n_rows,), prompt - 1)
     mask = call.mask[:, :prompt].cpu().long()
     return (mask * torch.arange(1, mask.shape[1] + 1)).argmax(dim=1)
+
+
+def has_heads(site: Site) -> bool:
+    """Whether the site has an axis that counts heads."""
+    return bool({"head", "kv_head"} & set(site.info.axes))
+
+
+def chosen_heads(model: LoadedModel, sites: list[Site], heads: int | Sequence[int] | None) -> list[int] | None:
+    """The heads asked for, checked against the sites that have any."""
+    if heads is None:
+        return None
+    listed = [heads] if isinstance(heads, int) else list(heads)
+    for site in filter(has_heads, sites):
+        size = model.dims.size("kv_head" if "kv_head" in site.info.axes else "head") or 0
+        if any(not 0 <= head < size for head in listed):
+            raise InterpError(f"{site} has heads 0 to {size - 1}, asked for {listed}")
+    if not any(map(has_heads, sites)):
+        raise InterpError(f"heads={listed} was given, but no site asked for has a head axis (z, q, k, v, pattern)")
+    return listed

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from interp.core.errors import SiteError
+from interp.core.sites import Part
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,37 @@ def softmax(scores: Tensor) -> Tensor:
     """Rows of attention weights, computed in float32 at least."""
     wide = torch.promote_types(scores.dtype, torch.float32)
     return torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
+
+
+@dataclass(frozen=True)
+class Later:
+    """Scores or a pattern, computed when first asked for: until then only query, key and mask are kept."""
+
+    call: AttentionCall
+    part: Part
+    heads: Sequence[int] | None
+    n_gone: int
+    past: int | None
+
+    @property
+    def shape(self) -> torch.Size:
+        n_rows, n_heads, n_query, _ = self.call.query.shape
+        n_heads = n_heads if self.heads is None else len(self.heads)
+        return torch.Size((n_rows, n_heads, n_query, self.call.key.shape[2] + self.n_gone))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.call.query.dtype
+
+    @property
+    def needs(self) -> tuple[Tensor, ...]:
+        """What is kept until then."""
+        return tuple(x for x in (self.call.query, self.call.key, self.call.mask) if x is not None)
+
+    def value(self) -> Tensor:
+        with torch.no_grad():
+            scores = self.call.scores(self.heads, self.n_gone, self.past)
+            return scores if self.part is Part.ATTN_SCORES else softmax(scores)
 
 
 Tap = Callable[[AttentionCall, Tensor], Tensor]

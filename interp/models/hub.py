@@ -9,6 +9,7 @@ cache, which are padding.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from interp.core.errors import SiteError
+from interp.core.errors import InterpError, SiteError
 from interp.core.sites import Part, Site
-from interp.models.attention import AttentionCall, softmax, tap
+from interp.models.attention import AttentionCall, Later, softmax, tap
 from interp.models.calls import Call, call_of
 from interp.models.family import ModuleCall, Reach
 from interp.models.inside import OpScope
@@ -93,6 +94,8 @@ class HookHub:
         self._scopes: dict[str, OpScope] = {}
         self._carries: dict[str, _Carry] = {}
         self._root: list[RemovableHandle] = []
+        self._thread = 0
+        """Who has readers or writers here."""
 
     def add_writer(self, site: Site, writer: Writer) -> Callable[[], None]:
         """Edit a site: the writer gets its view and returns a new one of equal shape. Returns what undoes it."""
@@ -113,13 +116,20 @@ class HookHub:
         return undo
 
     def add_reader(
-        self, site: Site, reader: Reader, heads: Sequence[int] | None = None, *, grad: bool = False
+        self,
+        site: Site,
+        reader: Reader,
+        heads: Sequence[int] | None = None,
+        *,
+        grad: bool = False,
+        later: Callable[[Later], None] | None = None,
     ) -> Callable[[], None]:
         """Watch a site, after all edits. `heads` limits what is recomputed for scores and patterns; with `grad` the
         value is made part of the graph, and the reader gets the tensor whose gradient `of_gradient` understands.
+        `later` gets scores and patterns that nobody edits, instead of the reader, without their being computed.
         """
         reach = self.table.reach(site)
-        place, entry = self._place(reach), Watcher(site, reach, reader, heads, grad)
+        place, entry = self._place(reach), Watcher(site, reach, reader, heads, grad, later)
         place.readers.append(entry)
 
         def undo() -> None:
@@ -141,12 +151,15 @@ class HookHub:
             raise StopForward
 
     def abort(self) -> None:
-        """The forward has ended, however it did."""
+        """The forward has ended, however it did; one that another thread tried to begin is not this one."""
+        if self._places and self._thread != threading.get_ident():
+            return
         for scope in reversed(self._scopes.values()):
             scope.stop()
         self.call = None
 
     def _place(self, reach: Reach) -> _Place:
+        self._one_thread()
         name = reach.item if reach.side == "parameter" else None
         key = (reach.path, reach.side, reach.op, reach.nth, reach.replay, name)
         if key not in self._places:
@@ -245,7 +258,7 @@ class HookHub:
             frame = self._frame(module, entry.reach, n_rows)
             view, raw = read(frame, value)
             if entry.grad and raw.is_floating_point():
-                if entry.reach.side == "input" and not entry.reach.carry:  # others may read the same tensor
+                if not raw.requires_grad and not entry.reach.carry:  # it may be the user's own, or read by others
                     value, raw = replaced(frame, value, raw.view_as(raw))
                 _into_graph(raw)
                 if entry.reach.whole:  # the view is computed beside the value: put it in the path
@@ -288,6 +301,9 @@ class HookHub:
         else:
             made: dict[tuple[int, ...] | None, Tensor] = {}
             for entry in list(place.readers):
+                if entry.later is not None:
+                    entry.later(Later(call, entry.site.part, entry.heads, n_gone, past))
+                    continue
                 key = None if entry.heads is None else tuple(entry.heads)
                 if key not in made:
                     made[key] = call.scores(entry.heads, n_gone, past)
@@ -362,7 +378,17 @@ class HookHub:
             for undo in carry.undo:
                 undo()
 
+    def _one_thread(self) -> None:
+        """Values of two forwards at once could not be told apart, so all of it happens in one thread."""
+        if self._places and self._thread != threading.get_ident():
+            raise InterpError(
+                "this model is being captured or edited in another thread; give each thread a model of its own, "
+                "or a lock around the block and the calls (DataParallel runs replicas in threads: use its .module)"
+            )
+        self._thread = threading.get_ident()
+
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._one_thread()
         self.abort()
         self.n_forward += 1
         for carry in self._carries.values():

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from interp.core.sites import Part, Site
+from interp.models.attention import Later
 from interp.models.family import ModuleCall, Reach
 from interp.models.views import check_same
 
@@ -36,6 +37,7 @@ class Watcher:
     act: Callable[..., Any]
     heads: Sequence[int] | None = None
     grad: bool = False
+    later: Callable[[Later], None] | None = None
 
     def means(self, part: Part, layer: int | None, branch: str) -> bool:
         """Whether a value that a replay shows is this site's."""
