@@ -156,6 +156,27 @@ def test_olmo2_what_the_mlp_reads_is_not_the_stream(order: int) -> None:
     assert not torch.equal(acts["mlp_out.0"], plain["mlp_out.0"])
 
 
+def test_olmo2_gradient_of_what_a_sublayer_reads() -> None:
+    """Not that of the stream, though both are one tensor; also where parameters want gradients."""
+    model = tiny_model("olmo2", n_layers=2, dtype=torch.float64)
+    tokens, names, alone = (
+        probe_tokens(model),
+        ["resid_mid.1", "attn_in.1", "mlp_in.1", "resid_pre.1"],
+        dict[str, Tensor](),
+    )
+    model.module.requires_grad_(requires_grad=False)
+    for name in names:
+        with capture(model, name, grad=True) as acts:
+            model(tokens).square().sum().backward()
+        alone[name] = acts.grad(name).clone()
+    model.module.requires_grad_(requires_grad=True)
+    with capture(model, names, grad=True) as acts:
+        model(tokens).square().sum().backward()
+    for name in names:
+        assert torch.allclose(acts.grad(name), alone[name], rtol=1e-6), name
+    assert not torch.allclose(alone["mlp_in.1"], alone["resid_mid.1"])
+
+
 def test_gemma2_logits_are_what_the_model_returns() -> None:
     model = tiny_model("gemma2", n_layers=1)
     module: Any = model.module
