@@ -47,6 +47,7 @@ class Part(StrEnum):
     DECAY_PRE = "decay_pre"
     DECAY = "decay"
     LOG_DECAY = "log_decay"
+    TIME_DECAY = "time_decay"
     STEP_LATENT = "step_latent"
     STEP_SIZE_PRE = "step_size_pre"
     STEP_SIZE = "step_size"
@@ -171,6 +172,7 @@ PARTS: dict[Part, PartInfo] = {
     Part.RECURRENCE_GATE_PRE: PartInfo("gate on the decay's exponent, before its sigmoid", _CELL, "pre", None),
     Part.RECURRENCE_GATE: PartInfo("gate on the decay's exponent: 0 keeps the state (RG-LRU)", _CELL, "post", None),
     Part.DECAY_PRE: PartInfo("decay of the recurrence, before its non-linearity", _STATE, "pre", None),
+    Part.TIME_DECAY: PartInfo("parameter w of a decay exp(-exp(w))", ("d_inner",), "pre", None),
     Part.LOG_DECAY: PartInfo("logarithm of the decay, at most 0", _STATE, "post", None),
     Part.DECAY: PartInfo("factor in (0, 1] by which the state is kept", _STATE, "post", None),
     Part.STEP_LATENT: PartInfo(

@@ -173,6 +173,10 @@ class Family:
     inputs: Literal["tokens", "pixels"] = "tokens"
     left_padding: bool = True
     """Whether padding before a text leaves its values alone: a recurrence may have no mask for it."""
+    batch_cache: bool = True
+    """Whether the model decodes several rows at once with a cache as it does without."""
+    stream_scale: Callable[[nn.Module, int], float] | None = None
+    """Factor on the stream between a block and the next."""
     act: str | None = None
     """Path of the MLP's non-linearity."""
     down: str | None = None

@@ -144,7 +144,7 @@ class LoadedModel:
         kwargs = dict(more or {})
         if not self.is_transformers:
             return (inputs.ids if hasattr(inputs, "ids") else inputs,), kwargs
-        if self.table.family is not None and self.table.family.inputs == "pixels":
+        if self.takes_pixels:
             return (), {"pixel_values": inputs.to(self.device, self.dtype), **kwargs}
         ids, mask = (
             (inputs.ids, inputs.mask) if hasattr(inputs, "ids") else (inputs, kwargs.pop("attention_mask", None))
@@ -168,7 +168,7 @@ class LoadedModel:
         if self.table.family is not None and not self.table.family.left_padding and not bool(mask[:, 0].all()):
             raise InterpError(
                 f"{self.source} has no mask for padding: on the left it would change every value after it; pad on the "
-                "right (padding_side='right'), or give texts of equal length or one at a time"
+                "right (pad='right'), or give texts of equal length or one at a time"
             )
 
     @property
@@ -176,18 +176,24 @@ class LoadedModel:
         """Whether the module is a Hugging Face model, which is called by keyword and can generate."""
         return any(base.__name__ == "PreTrainedModel" for base in type(self.module).__mro__)
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether it is a Hugging Face model of images, of a known family or not."""
+        return self.is_transformers and getattr(self.module, "main_input_name", "") == "pixel_values"
+
     def generate(
         self, inputs: Tokens | Int[Tensor, "batch pos"], *, n_new: int, use_cache: bool = True, **kwargs: Any
     ) -> Int[Tensor, "batch total"]:
         """Greedy continuation by `n_new` tokens (always that many), prompt included. Left-pad unequal prompts."""
-        takes_images = self.table.family is not None and self.table.family.inputs == "pixels"
-        if not self.is_transformers or takes_images:
+        if not self.is_transformers or self.takes_pixels:
             raise InterpError(f"{self.source} cannot generate: it is not a transformers causal language model")
         _, named = self.arguments(inputs, {})
         mask = named.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise InterpError("generation needs left padding: the last position of some prompt is padding")
         mask = torch.ones_like(named["input_ids"]) if mask is None else mask
+        if len(mask) > 1 and self.table.family is not None:
+            use_cache = use_cache and self.table.family.batch_cache
         _forget(self.module, named["input_ids"])
         with self._generating(named["input_ids"].shape[1]), torch.no_grad():
             return cast(Any, self.module).generate(
@@ -211,7 +217,7 @@ class LoadedModel:
 
 
 def _forget(module: nn.Module, ids: Tensor) -> None:
-    """RecurrentGemma keeps its state in its modules, and takes a prompt of one token for a step behind the last text."""
+    """RecurrentGemma keeps its state in its modules, and takes a prompt of one token for one more step."""
     begin = getattr(module, "_setup_cache", None)
     if begin is not None:
         begin(module.config, len(ids), ids.device, next(module.parameters()).dtype)

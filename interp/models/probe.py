@@ -85,7 +85,9 @@ def probe_tokens(model: LoadedModel, n_rows: int = 2) -> Int[Tensor, "batch pos"
 def probe_pixels(model: LoadedModel, n_rows: int = 2) -> Float[Tensor, "batch channel height width"]:
     """Random images of the size that the model takes; the same for every run."""
     config: Any = model.module.config
-    size = config.image_size
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise InterpError(f"{model.source} takes images of any size; pass the probe an input of your own")
     height, width = (size, size) if isinstance(size, int) else size
     shape = (n_rows, config.num_channels, height, width)
     return torch.randn(shape, generator=torch_generator(0, "probe")).to(model.device, model.dtype)
@@ -93,8 +95,7 @@ def probe_pixels(model: LoadedModel, n_rows: int = 2) -> Float[Tensor, "batch ch
 
 def probe_inputs(model: LoadedModel) -> Tensor:
     """Tokens or images, as the family takes them; an error for a network of no known family."""
-    takes_pixels = model.table.family is not None and model.table.family.inputs == "pixels"
-    return probe_pixels(model) if takes_pixels else probe_tokens(model)
+    return probe_pixels(model) if model.takes_pixels else probe_tokens(model)
 
 
 def quick_check(model: LoadedModel) -> ProbeReport:
@@ -296,7 +297,9 @@ def _identities(model: LoadedModel, values: dict[Site, Tensor]) -> Iterator[Chec
         yield from _gate(model, layer, local, limit)
         after = values.get(Site(Part.RESID_PRE, layer + 1)) if layer + 1 < model.n_layers else None
         if after is not None and Part.RESID_POST in local:
-            difference = float((local[Part.RESID_POST] - after).abs().max())
+            family = model.table.family
+            scale = family.stream_scale(model.module, layer) if family and family.stream_scale else 1
+            difference = float((local[Part.RESID_POST] * scale - after).abs().max())
             yield _check("resid_post is the next block's resid_pre", f"resid_post.{layer}", difference, 0.0)
         if Part.PATTERN in local:
             rows = local[Part.PATTERN].sum(-1)

@@ -111,7 +111,12 @@ def _rms(x: Tensor) -> Tensor:
 def check_generation(model: LoadedModel, n_new: int = 4) -> Outcome:
     """Capture and edit while generating: the cache on equals the cache off, and a plain forward on the result."""
     prompt, sites = probe_tokens(model), list(model.table.sites)
-    asked = [site for site in sites if site.part not in (Part.LOGITS_PRE, Part.LOGITS, Part.CLASS_LOGITS)]
+    asked = [
+        site
+        for site in sites
+        if site.part not in (Part.LOGITS_PRE, Part.LOGITS, Part.CLASS_LOGITS)
+        and model.table.reach(site).side != "parameter"  # the same at every step
+    ]
     with capture(model, asked) as cached:
         tokens = model.generate(prompt, n_new=n_new)
     with capture(model, asked) as recomputed:
@@ -155,6 +160,8 @@ def _noise(x: Tensor, site: Site) -> Tensor:
 
 def _by_position(x: Tensor, context: object) -> Tensor:
     """Noise that depends on the position alone, so that it is the same with and without a cache."""
+    if x.ndim == 1:  # a parameter
+        return torch.full_like(x, 0.2)
     where: Tensor = context.where  # type: ignore[attr-defined]
     axis = 2 if context.site.part in (Part.PATTERN, Part.ATTN_SCORES) else 1  # type: ignore[attr-defined]
     shape = [1] * x.ndim
