@@ -6,7 +6,6 @@ of one store; the first one talks.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -250,16 +249,10 @@ def _stores(path: str) -> list[str]:
 @contextmanager
 def _processes() -> Generator[int, None, None]:
     """This process's rank; joins the others where torchrun started several."""
-    import torch.distributed as dist
+    from interp.instrument.store_ranks import joined
 
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
-        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        return
-    dist.init_process_group("gloo", timeout=timedelta(hours=COLLECTIVE_HOURS))
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
+    with joined(timeout=timedelta(hours=COLLECTIVE_HOURS)) as ranks:
+        yield ranks.rank
 
 
 @contextmanager

@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from interp.core.errors import ArtefactError, InterpError
 
@@ -75,6 +78,25 @@ class Ranks:
             except RuntimeError as error:
                 died = "another process of this job has died; run the same capture again to go on"
                 raise ArtefactError(f"rank {self.rank} of {self.world}: {died} ({error})") from error
+
+
+@contextmanager
+def joined(backend: str = "gloo", timeout: timedelta = timedelta(hours=24)) -> Generator[Ranks, None, None]:
+    """Initialise torch.distributed for the block, where torchrun started several processes and nobody has done it.
+
+    A worker that torchrun restarts may find the addresses of dead ones under the keys of the attempt before, so each
+    attempt gets keys of its own.
+    """
+    if not dist.is_available() or dist.is_initialized() or Ranks.current().world == 1:
+        yield Ranks.current()
+        return
+    found, rank, world = next(rendezvous("env://", timeout=timeout))
+    attempt = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), found)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timeout)
+    try:
+        yield Ranks(rank=rank, world=world)
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

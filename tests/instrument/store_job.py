@@ -14,17 +14,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch.distributed import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from interp.instrument.store import ActivationStore, StoreConfig
 from interp.instrument.store_folders import Draft, LocalFolder
+from interp.instrument.store_ranks import joined
 from interp.instrument.tokens import from_ids
 from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
@@ -118,14 +118,8 @@ def main() -> None:
         die_at = None if args.once.exists() else die_at
         args.once.touch()
     torch.set_num_threads(1)
-    if args.backend != "none":
-        # A restarted worker may find the addresses of dead ones in the agent's store, so each attempt has its own keys.
-        found, rank, world = next(rendezvous("env://"))
-        attempt = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], found)
-        torch.distributed.init_process_group(args.backend, store=attempt, rank=rank, world_size=world)
-    capture_store(args.folder, die_at=die_at)
-    if args.backend != "none":
-        torch.distributed.destroy_process_group()
+    with joined(args.backend) if args.backend != "none" else nullcontext():
+        capture_store(args.folder, die_at=die_at)
 
 
 if __name__ == "__main__":
