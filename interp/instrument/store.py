@@ -33,6 +33,7 @@ from interp.instrument.store_plan import StoreConfig
 from interp.instrument.store_ranks import Ranks
 from interp.instrument.store_reader import CACHE_BYTES, CachedColumns, Columns, Kinds, MappedColumns, read_statistics
 from interp.instrument.stream import Batches, RecordBatches
+from interp.instrument.stream_pass import Observer
 from interp.instrument.tokens import TokenRecord
 from interp.models.model import LoadedModel
 
@@ -64,18 +65,22 @@ class ActivationStore:
         config: StoreConfig | None = None,
         *,
         ranks: Ranks | None = None,
+        observers: Sequence[Observer] = (),
     ) -> ActivationStore:
         """Capture several sites in one pass into `folder/<key>`; a store that already exists is opened instead.
 
         Run again after a kill, it writes the shards that are missing. Under torchrun each process calls this, and each
         gets the finished store.
+
+        observers: see every batch in the same pass, see `stream_pass`.
         """
         config = config or StoreConfig()
         found = model.resolve(sites)
         if not found:
             raise InterpError("no sites were asked for; model.sites() lists them")
         batches = RecordBatches(data, config.rows_per_forward) if isinstance(data, TokenRecord) else data
-        return cls.open(write_store(model, batches, found, open_folder(folder), config, ranks or Ranks.current()))
+        where, ranks = open_folder(folder), ranks or Ranks.current()
+        return cls.open(write_store(model, batches, found, where, config, ranks, observers))
 
     @classmethod
     def open(

@@ -35,13 +35,25 @@ from interp.instrument.store_ranks import LOCK, Ranks, locked
 from interp.instrument.store_reader import read_statistics
 from interp.instrument.store_writer import ShardWriter, as_json, sha256
 from interp.instrument.stream import Batches
+from interp.instrument.stream_pass import Observer, check_ranks, gather, observe, show
+from interp.instrument.stream_rows import run_batch
 from interp.models.model import LoadedModel
 
 
 def write_store(
-    model: LoadedModel, batches: Batches, sites: Sequence[Site], parent: Folder, config: StoreConfig, ranks: Ranks
+    model: LoadedModel,
+    batches: Batches,
+    sites: Sequence[Site],
+    parent: Folder,
+    config: StoreConfig,
+    ranks: Ranks,
+    observers: Sequence[Observer] = (),
 ) -> Folder:
-    """The folder `parent/<key>` with a complete store in it."""
+    """The folder `parent/<key>` with a complete store in it. Observers have then seen the whole input.
+
+    What lies there already is run again for them, without being written again.
+    """
+    check_ranks(observers, ranks)
     if model.hub.pending:  # edited activations must not be found later under the untouched model's name
         raise InterpError("a capture or an edit of this model is open; write the store outside it")
     if batches.n_batches < 1:
@@ -50,10 +62,12 @@ def write_store(
     try:
         if folder.exists(MANIFEST):
             sweep(folder)
+            if observers:
+                observe(model, batches, sites, observers, ranks=ranks)
         else:
             if folder.names() and not folder.exists(PLAN) and any(not n.startswith(".") for n in folder.names()):
                 raise ArtefactError(f"{folder} exists and is not an activation store; choose another folder")
-            _Job(model, batches, sites, folder, config, ranks).run()
+            _Job(model, batches, sites, folder, config, ranks, observers).run()
     except OSError as error:
         raise ArtefactError(_stopped(folder, error)) from error
     return folder
@@ -78,8 +92,9 @@ class _Job:
     folder: Folder
     config: StoreConfig
     ranks: Ranks
+    observers: Sequence[Observer] = ()
     trial: dict[int, Encoded] = field(default_factory=dict[int, Encoded])
-    """The first batch, run to learn the shapes; used again where it is needed."""
+    """The first batch, run to learn the shapes; used again where it is needed and nobody else has to see it."""
 
     def run(self) -> None:
         plan = Plan.read(self.folder)
@@ -99,12 +114,13 @@ class _Job:
             else:
                 self.ranks.wait(lambda: int(self.folder.exists(MANIFEST)), 1, "the manifest")
         self.ranks.barrier()
+        gather(self.observers, self.ranks)
 
     def _fresh(self, found: Plan | None) -> Plan:
         """What would be planned now; the shapes come from the plan found, or from running the first batch."""
         key = store_key(self.model, self.batches, self.sites, self.config.dtype)
         if found is None:
-            self.trial[0] = self._encode(0)
+            self.trial[0] = encode_batch(self.model, self.batches.batch(0), self.sites, self.config.dtype)
             return make_plan(self.model, self.batches, self.trial[0], self.config, key)
         columns = {name: torch.empty(1) for name in found.columns} | {"row": torch.empty(1)}
         shapes = {site: tuple(shape) for site, shape in found.sites.items()}
@@ -115,18 +131,22 @@ class _Job:
         return read_sidecar(self.folder, name) is not None
 
     def _encode(self, number: int) -> Encoded:
-        if number in self.trial:
+        if number in self.trial and not self.observers:
             return self.trial.pop(number)
-        return encode_batch(self.model, self.batches.batch(number), self.sites, self.config.dtype)
+        return encode_batch(self.model, self.batches.batch(number), self.sites, self.config.dtype, self.observers)
 
     def _shards(self, plan: Plan) -> None:
-        missing = [s for s in self.ranks.mine(plan.n_shards) if not self._there(shard_name(s))]
+        mine = self.ranks.mine(plan.n_shards)
+        missing = [s for s in mine if not self._there(shard_name(s))]
         for name in self.folder.names():  # what a killed process left of these shards
             if name.endswith(TEMPORARY) and any(shard_name(s) in name for s in missing):
                 self.folder.remove(name)
         with ShardWriter(self.folder) as writer:
             for shard in track(missing, "capturing activations"):
                 writer.submit(shard, self._parts(plan, shard))
+        for shard in mine if self.observers else ():  # what a killed process has written, it did not tell
+            for number in plan.batches_of(shard) if shard not in missing else ():
+                show(run_batch(self.model, self.batches.batch(number), self.sites), self.observers)
 
     def _parts(self, plan: Plan, shard: int) -> dict[str, list[Tensor]]:
         """The columns of a shard, a piece per batch, and the statistics of its rows."""

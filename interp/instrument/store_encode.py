@@ -16,12 +16,12 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from interp.core.errors import InterpError
-from interp.core.sites import Part, Site
-from interp.instrument.capture import capture
-from interp.instrument.select import position_axis
+from interp.core.sites import Site
 from interp.instrument.shards import DTYPES, scale_name
 from interp.instrument.statistics import Statistics
 from interp.instrument.stream import Batch
+from interp.instrument.stream_pass import Observer, show
+from interp.instrument.stream_rows import Tokens, run_batch
 from interp.models.model import LoadedModel
 
 
@@ -40,56 +40,21 @@ class Encoded:
         return sum(column.numel() * column.element_size() for column in self.columns.values())
 
 
-def encode_batch(model: LoadedModel, batch: Batch, sites: Sequence[Site], dtype: str) -> Encoded:
-    """One forward pass of the model over the batch, several sites at once."""
-    with capture(model, sites) as acts:
-        model(batch.feed)
-    kept: Tensor | None = None
-    tokens: tuple[Tensor, Tensor, Tensor | None] | None = None
+def encode_batch(
+    model: LoadedModel, batch: Batch, sites: Sequence[Site], dtype: str, observers: Sequence[Observer] = ()
+) -> Encoded:
+    """One forward pass of the model over the batch, several sites at once; observers see the same rows, unrounded."""
+    rows = run_batch(model, batch, sites)
     out = Encoded(columns={}, statistics={}, error={}, shapes={})
-    for site in sites:
-        values = acts[site]
-        mask = _mask(site, values, batch)
-        if kept is None or tokens is None:
-            kept, tokens = mask, _tokens(mask, batch)
-        elif kept.shape != mask.shape:
-            raise InterpError(
-                f"{site} has rows of another kind ({tuple(mask.shape)}) than {sites[0]} ({tuple(kept.shape)}): sites"
-                " with and without a position axis go into two stores"
-            )
-        rows = values.flatten(0, mask.ndim - 1) if bool(mask.all()) else values[mask.to(values.device)]
-        _encode(out, str(site), rows, dtype, tokens)
-    if tokens is not None:
-        row, pos, ids = tokens
-        out.columns.update({"row": row, "pos": pos} if ids is None else {"ids": ids, "row": row, "pos": pos})
+    for site in rows:
+        _encode(out, site, rows[site], dtype, rows.tokens)
+    row, pos, ids = rows.tokens
+    out.columns.update({"row": row, "pos": pos} if ids is None else {"ids": ids, "row": row, "pos": pos})
+    show(rows, observers)
     return out
 
 
-def _mask(site: Site, values: Tensor, batch: Batch) -> Tensor:
-    """Which (row, position) of the value are stored; one axis where the value has no positions."""
-    real = batch.real
-    if real is not None and batch.inputs is None:
-        if values.ndim < 3 or values.shape[:2] != real.shape:
-            raise InterpError(f"{site} has shape {tuple(values.shape)}; a store takes sites with axes batch, pos, ...")
-        return real
-    if values.ndim < 2 or len(values) != len(batch.rows):
-        raise InterpError(f"{site} has shape {tuple(values.shape)}; its first axis must be the {len(batch.rows)} rows")
-    axis = (1 if values.ndim == 3 else None) if site.part is Part.MODULE else position_axis(site)
-    if axis is None:
-        return torch.ones(len(values), dtype=torch.bool)
-    if axis != 1 or (real is not None and values.shape[:2] != real.shape):
-        raise InterpError(f"{site} has shape {tuple(values.shape)}; a store takes sites with axes batch, pos, ...")
-    return torch.ones(values.shape[:2], dtype=torch.bool) if real is None else real
-
-
-def _tokens(mask: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    if mask.ndim == 1:
-        return batch.rows, torch.zeros_like(batch.rows), None
-    row, pos = mask.nonzero(as_tuple=True)
-    return batch.rows[row], pos, None if batch.record is None else batch.record.ids[mask]
-
-
-def _encode(out: Encoded, name: str, rows: Tensor, dtype: str, tokens: tuple[Tensor, Tensor, Tensor | None]) -> None:
+def _encode(out: Encoded, name: str, rows: Tensor, dtype: str, tokens: Tokens) -> None:
     rows = rows.detach()
     flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
     # A copy in any case: nobody may write into what waits to be stored.
@@ -122,9 +87,7 @@ def dequantise(q: Int8[Tensor, "n *shape"], scale: Float[Tensor, " n"]) -> Float
     return q.float() * scale.view(-1, *[1] * (q.ndim - 1))
 
 
-def _check_finite(
-    name: str, flat: Tensor, again: Tensor, dtype: str, tokens: tuple[Tensor, Tensor, Tensor | None]
-) -> None:
+def _check_finite(name: str, flat: Tensor, again: Tensor, dtype: str, tokens: Tokens) -> None:
     ends = [float(end) for values in (again, flat) for end in torch.aminmax(values)]
     if all(map(math.isfinite, ends)):
         return
