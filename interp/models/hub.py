@@ -258,7 +258,8 @@ class HookHub:
             frame = self._frame(module, entry.reach, n_rows)
             view, raw = read(frame, value)
             if entry.grad and raw.is_floating_point():
-                if not raw.requires_grad and not entry.reach.carry:  # it may be the user's own, or read by others
+                shared = entry.reach.side == "input" or not raw.requires_grad  # others may read the same tensor
+                if shared and not (entry.reach.carry or entry.reach.whole):
                     value, raw = replaced(frame, value, raw.view_as(raw))
                 _into_graph(raw)
                 if entry.reach.whole:  # the view is computed beside the value: put it in the path

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from interp.core.errors import InterpError, SiteError
@@ -17,9 +18,32 @@ from interp.models.model import LoadedModel
 from interp.models.probe import probe_tokens, verify
 from interp.models.tiny import tiny_model
 
-MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2", "deepseek-v3", "gpt-oss")
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2", "deepseek-v3", "gpt-oss", "glm4-moe")
 INSIDE = ("expert_gate_pre.1", "expert_gate.1", "expert_up.1", "expert_neurons.1", "expert_out.1")
 ROUTER = ("router_logits.1", "router_experts.1", "router_weights.1", "routed_out.1", "mlp_in.1", "mlp_out.1")
+
+
+SHARED_LAYOUTS = {"Dots1": "glm4-moe", "SolarOpen": "glm4-moe", "FlexOlmo": "flex-olmo", "Mellum": "qwen3-moe"}
+"""Class in transformers -> the family whose table serves it."""
+
+
+@pytest.mark.parametrize(("name", "family"), SHARED_LAYOUTS.items())
+def test_models_of_a_known_layout(name: str, family: str) -> None:
+    fields = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 3, "n_group": 2,
+        "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "num_experts" if name in ("FlexOlmo", "Mellum") else "n_routed_experts": 8,
+    }  # fmt: skip
+    module: Any = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**fields)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    model = LoadedModel(module=module)
+    assert model.table.name == family
+    report = verify(model)
+    assert report.passed, report.first_failure
 
 
 def mlp_of(model: LoadedModel, layer: int = 1) -> Any:

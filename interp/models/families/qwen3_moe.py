@@ -19,7 +19,7 @@ def _fields(of: Mapping[str, int]) -> dict[str, Any]:
 
 FAMILY = Family(
     name="qwen3-moe",
-    model_types=("qwen3_moe",),
+    model_types=("qwen3_moe", "mellum"),
     blocks="model.layers",
     parts={**BLOCK_PARTS, **NORMED, **router_parts(MLP)},
     weights={**WEIGHTS, **router_weights(MLP)},
