@@ -131,8 +131,9 @@ class _Job:
         return read_sidecar(self.folder, name) is not None
 
     def _encode(self, number: int) -> Encoded:
-        if number in self.trial and not self.observers:
-            return self.trial.pop(number)
+        found = self.trial.pop(number, None)
+        if found is not None and not self.observers:
+            return found
         return encode_batch(self.model, self.batches.batch(number), self.sites, self.config.dtype, self.observers)
 
     def _shards(self, plan: Plan) -> None:
