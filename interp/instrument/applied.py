@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -132,6 +133,8 @@ class Applied:
         new = self.edit.function(x, context)
         if version is not None and x._version != version:
             raise InterpError(f"the edit of {self.site} works in place; return a new tensor: x * 0, not x.mul_(0)")
+        if not isinstance(cast(object, new), Tensor):
+            raise InterpError(f"the edit of {self.site} returned {type(new).__name__}; return a tensor, x if unchanged")
         check_same(str(self.site), x, new)
         touched = torch.where(mask, new, x)
         self.receipt.note(torch.where(mask, x, 0), torch.where(mask, touched, 0), int(chosen.sum()))
