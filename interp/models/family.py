@@ -81,6 +81,8 @@ class Reach:
     of a parameter."""
     flat: bool = False
     """The module holds (batch * pos, ...); the site is (batch, pos, ...)."""
+    folded: int | str | None = None
+    """A flat module may hold (batch * pos * heads, ...): the name of that number of heads, or the number."""
     view: View | None = None
     single: View | None = None
     """The view in a forward of one position, for which some modules have other code and other shapes."""

@@ -129,6 +129,8 @@ def verify(model: LoadedModel, inputs: Any = None, *, reference: LoadedModel | n
 
 def _report(model: LoadedModel, inputs: Any, *, full: bool) -> ProbeReport:
     untouched = _untouched(model, inputs)
+    if model.module.training and not torch.equal(_untouched(model, inputs), untouched):
+        raise InterpError(f"{model.source} is in training mode and gives another answer each time; call .eval() on it")
     sites, values = list(model.table.sites), dict[Site, Tensor]()
     seen = _capture_all(model, inputs, sites, values)
     difference = float((seen - untouched).abs().max())
@@ -301,11 +303,15 @@ def _identities(model: LoadedModel, values: dict[Site, Tensor]) -> Iterator[Chec
             scale = family.stream_scale(model.module, layer) if family and family.stream_scale else 1
             difference = float((local[Part.RESID_POST] * scale - after).abs().max())
             yield _check("resid_post is the next block's resid_pre", f"resid_post.{layer}", difference, 0.0)
-        if Part.PATTERN in local:
+        of_family = model.table.family.rules if model.table.family else ()
+        if Part.PATTERN in local and all(rule.result is not Part.PATTERN for rule in of_family):
             rows = local[Part.PATTERN].sum(-1)
             yield _close("pattern rows sum to 1", f"pattern.{layer}", rows, torch.ones_like(rows), limit)
         if {Part.PATTERN, Part.V, Part.Z} <= set(local):
-            yield _close("pattern @ v == z", f"pattern.{layer}", _mix(local), local[Part.Z], limit)
+            mixed, name = _mix(local), "pattern @ v == z"
+            if Part.ATTN_GATE in local:
+                mixed, name = mixed * local[Part.ATTN_GATE], "attn_gate * (pattern @ v) == z"
+            yield _close(name, f"pattern.{layer}", mixed, local[Part.Z], limit)
     final = values.get(Site(Part.FINAL_NORM))
     name = Part.LOGITS_PRE if Site(Part.LOGITS_PRE) in values else Part.LOGITS
     logits = values.get(Site(name))

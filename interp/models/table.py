@@ -84,7 +84,8 @@ class FamilyTable:
             needed = [path, *([reach.needs.format(layer=layer)] if reach.needs else [])]
             if all(other in self.modules or not other for other in needed):
                 carry = reach.carry.format(layer=layer) if reach.carry else None
-                return replace(reach, path=path, carry=carry, chunk=self._chunk(reach.chunk))
+                folded = self.dims.size(reach.folded) if isinstance(reach.folded, str) else reach.folded
+                return replace(reach, path=path, carry=carry, chunk=self._chunk(reach.chunk), folded=folded)
         return self._of_block(part, layer) if reaches else None
 
     def _of_block(self, part: Part, layer: int | None) -> Reach | None:

@@ -118,7 +118,8 @@ def _batched(frame: Frame, x: Tensor) -> Tensor:
     """Tokens of all sequences in one axis become (batch, pos)."""
     if not frame.reach.flat or frame.n_rows is None:
         return x
-    return x.unflatten(0, (frame.n_rows, x.shape[0] // frame.n_rows))
+    x = x.unflatten(0, (frame.n_rows, x.shape[0] // frame.n_rows))
+    return x.unflatten(1, (-1, frame.reach.folded)) if isinstance(frame.reach.folded, int) else x
 
 
 def _select(reach: Reach, value: Any) -> Tensor:
