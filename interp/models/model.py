@@ -83,8 +83,10 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter: where inputs go."""
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        """Where inputs go: the device of the first parameter, or the one accelerate brings offloaded weights to."""
+        own = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        hook = getattr(self.module, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or "cpu") if own.type == "meta" else own
 
     @property
     def dtype(self) -> torch.dtype:
