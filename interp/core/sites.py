@@ -161,7 +161,12 @@ PARTS: dict[Part, PartInfo] = {
     Part.ATTN_SCORES: PartInfo(
         "masked attention scores, before the softmax", _PAIRS, "pre", "blocks.{layer}.attn.hook_attn_scores"
     ),
-    Part.PATTERN: PartInfo("attention weights, rows sum to 1", _PAIRS, "post", "blocks.{layer}.attn.hook_pattern"),
+    Part.PATTERN: PartInfo(
+        "attention weights, rows sum to 1 where no sink takes a share",
+        _PAIRS,
+        "post",
+        "blocks.{layer}.attn.hook_pattern",
+    ),
     Part.Z: PartInfo("head outputs before W_O", _HEADS, "linear", "blocks.{layer}.attn.hook_z"),
     Part.ATTN_GATE_PRE: PartInfo("attention's output gate, before its sigmoid", _HEADS, "pre", None),
     Part.ATTN_GATE: PartInfo("attention's output gate: what head outputs are multiplied with", _HEADS, "post", None),

@@ -32,6 +32,8 @@ class AttentionCall:
     scaling: float
     softcap: float | None
     causal: bool
+    sinks: Tensor | None = None
+    """A score per head that takes part in the softmax and belongs to no key (gpt-oss)."""
 
     def scores(self, heads: Sequence[int] | None = None, n_gone: int = 0, past: int | None = None) -> Tensor:
         """Masked scores (batch, head, query, key); masked entries hold the dtype's lowest value.
@@ -63,6 +65,14 @@ class AttentionCall:
         if mask.dtype == torch.bool:
             return scores.masked_fill(~mask, lowest)
         return (scores + mask).clamp_min(lowest)
+
+    def pattern(self, scores: Tensor, heads: Sequence[int] | None = None) -> Tensor:
+        """The softmax of scores of these heads; rows sum to 1, less the share of a sink."""
+        if self.sinks is None:
+            return softmax(scores)
+        sinks = self.sinks if heads is None else self.sinks[list(heads)]
+        column = sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return softmax(torch.cat([scores, column], dim=-1))[..., :-1]
 
     def outputs(self, pattern: Tensor) -> Tensor:
         """`pattern @ values` for all heads: (batch, query, head, d_head)."""
@@ -104,7 +114,7 @@ class Later:
     def value(self) -> Tensor:
         with torch.no_grad():
             scores = self.call.scores(self.heads, self.n_gone, self.past)
-            return scores if self.part is Part.ATTN_SCORES else softmax(scores)
+            return scores if self.part is Part.ATTN_SCORES else self.call.pattern(scores, self.heads)
 
 
 Tap = Callable[[AttentionCall, Tensor], Tensor]
@@ -180,6 +190,7 @@ def _install(kind: str) -> None:
             mask=mask,
             scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
             softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
         )
         for listener in listeners:

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from interp.core.errors import InterpError, SiteError
 from interp.core.sites import Part, Site
-from interp.models.attention import AttentionCall, Later, softmax, tap
+from interp.models.attention import AttentionCall, Later, tap
 from interp.models.calls import Call, call_of
 from interp.models.family import ModuleCall, Reach
 from interp.models.inside import OpScope
@@ -308,7 +308,7 @@ class HookHub:
                 key = None if entry.heads is None else tuple(entry.heads)
                 if key not in made:
                     made[key] = call.scores(entry.heads, n_gone, past)
-                value = made[key] if entry.site.part is Part.ATTN_SCORES else softmax(made[key])
+                value = made[key] if entry.site.part is Part.ATTN_SCORES else call.pattern(made[key], entry.heads)
                 entry.act(value, value)
         self.stop_if_done()
         return output
@@ -323,8 +323,8 @@ class HookHub:
         if scores is not plain_scores:
             scores = torch.where(masked, plain_scores, scores)
         self._show(place, Part.ATTN_SCORES, scores)
-        plain = softmax(plain_scores)
-        unedited = plain if scores is plain_scores else softmax(scores)
+        plain = call.pattern(plain_scores)
+        unedited = plain if scores is plain_scores else call.pattern(scores)
         pattern = self._rewrite(place, Part.PATTERN, unedited)
         if pattern is not unedited:
             pattern = torch.where(masked, unedited, pattern)

@@ -105,6 +105,26 @@ def test_a_gpt_oss_expert_by_loops() -> None:
     assert clamped, "the clamp did something"
 
 
+def test_gpt_oss_patterns_leave_the_sink_its_share() -> None:
+    """Against the weights that the model's own eager attention returns."""
+    model = tiny_model("gpt-oss", n_layers=2, dtype=torch.float64)
+    block: Any = model.layers[1]
+    with torch.no_grad():
+        block.self_attn.sinks.copy_(torch.tensor([-2.0, 0.0, 2.0, 4.0]))
+    kept = list[Any]()
+    handle = block.self_attn.register_forward_hook(lambda _m, _a, output: kept.append(output[1]))
+    with capture(model, "pattern.1", stop=False) as acts, capture(model, "pattern.1", heads=[3, 1]) as some:
+        model(probe_tokens(model))
+    handle.remove()
+    assert torch.allclose(acts["pattern.1"], kept[0], atol=1e-7)
+    assert torch.allclose(some["pattern.1"], kept[0][:, [3, 1]], atol=1e-7)
+    rows = acts["pattern.1"].sum(-1)
+    assert float(rows.max()) < 1 and float(rows.min()) < 0.5
+    with edited(model, zero("pattern.1", head=2)):
+        off = capture_all(model, ("z.1",))["z.1"]
+    assert not off[:, :, 2].any() and off[:, :, 1].any()
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_router_is_the_models_own(name: str) -> None:
     model = tiny_model(name, n_layers=2)
