@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from interp.cli import console, options
-from interp.core.errors import InterpError, unknown
+from interp.core.errors import InterpError
 
 PANEL = "Capture at scale"
-PACKING = ("pack", "pad")
 COLLECTIVE_HOURS = 24
 """How long a process may wait for the others: shards are written without any exchange."""
 
@@ -34,7 +33,10 @@ Corpus = Annotated[
     ),
 ]
 Length = Annotated[int, typer.Option("--length", min=1, help="Tokens per sequence.")]
-Packing = Annotated[str, typer.Option("--packing", help="pack: fill every sequence; pad: a document a sequence.")]
+Pack = Annotated[
+    bool | None,
+    typer.Option("--pack/--pad", help="Documents end to end fill every sequence, or a document is a sequence."),
+]
 Separator = Annotated[int | None, typer.Option("--separator", help="Token id between packed documents.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", min=1, help="Stop after so many.")]
 StoreDtype = Annotated[str, typer.Option("--store-dtype", help="float32, float16, bfloat16 or int8.")]
@@ -56,7 +58,7 @@ def capture(
     model: options.Model = options.DEFAULT_MODEL,
     corpus: Corpus = "docs",
     length: Length = 128,
-    packing: Packing = "pack",
+    pack: Pack = None,
     separator: Separator = None,
     tokens: Tokens = None,
     store_dtype: StoreDtype = "float16",
@@ -72,7 +74,7 @@ def capture(
     from interp.instrument.store import ActivationStore
 
     with _processes() as rank, _quiet_unless(rank == 0), console.progress() as steps:
-        job = _Job(model, sites, corpus, length, packing, separator, tokens, store_dtype, rows_per_forward, shard_bytes)
+        job = _Job(model, sites, corpus, length, pack, separator, tokens, store_dtype, rows_per_forward, shard_bytes)
         job.open(steps, device, dtype)
         if rank == 0 and not force:
             with steps.step("trying two batches"):
@@ -100,7 +102,7 @@ def plan_command(
     model: options.Model = options.DEFAULT_MODEL,
     corpus: Corpus = "docs",
     length: Length = 128,
-    packing: Packing = "pack",
+    pack: Pack = None,
     separator: Separator = None,
     tokens: Tokens = None,
     store_dtype: StoreDtype = "float16",
@@ -113,7 +115,7 @@ def plan_command(
 ) -> None:
     """Tokens, disk, memory and time of a capture, by really running two batches (exit status 1: will not fit)."""
     with console.progress() as steps:
-        job = _Job(model, sites, corpus, length, packing, separator, tokens, store_dtype, rows_per_forward, shard_bytes)
+        job = _Job(model, sites, corpus, length, pack, separator, tokens, store_dtype, rows_per_forward, shard_bytes)
         job.open(steps, device, dtype)
         with steps.step("trying two batches"):
             made = job.plan(out)
@@ -138,6 +140,9 @@ def audit(
         for folder in folders:
             with steps.step(f"auditing {folder}"):
                 found[folder] = check(folder)
+        found[path] = [*found.get(path, []), *_pickles_below(path, folders)]
+        if not found[path] and path not in folders:
+            del found[path]
     n_bad = sum(map(len, found.values()))
     if as_json:
         console.emit_json({folder: [asdict(finding) for finding in findings] for folder, findings in found.items()})
@@ -154,15 +159,13 @@ class _Job:
     """What the flags of a capture mean."""
 
     def __init__(
-        self, source: str, sites: str, corpus: str, length: int, packing: str, separator: int | None,
+        self, source: str, sites: str, corpus: str, length: int, packed: bool | None, separator: int | None,
         tokens: int | None, store_dtype: str, rows: int, shard_bytes: int,
     ) -> None:  # fmt: skip
         from interp.instrument.store import StoreConfig
 
-        if packing not in PACKING:
-            raise unknown("packing", packing, PACKING)
         self.source, self.asked, self.corpus, self.length = source, sites, corpus, length
-        self.packing, self.separator, self.tokens = packing, separator, tokens
+        self.packed, self.separator, self.tokens = packed, separator, tokens
         self.config = StoreConfig(dtype=store_dtype, rows_per_forward=rows, shard_bytes=shard_bytes)
         self.padding = 0.0
 
@@ -185,8 +188,14 @@ class _Job:
             return load_inputs(self.corpus, rows_per_forward=rows, limit=self.tokens)
         if self.corpus.partition("?")[0] == "sampled":
             return RecordBatches(self._sampled(), rows)
-        documents = token_ids(self.model, corpus_documents(self.corpus))
-        if self.packing == "pack":
+        if self.packed is None:
+            raise InterpError("documents have unequal lengths: say --pack to join them, or --pad for a sequence each")
+        if self.separator is not None and not self.packed:
+            raise InterpError("--separator stands between packed documents; drop it, or say --pack")
+        enough = None if self.tokens is None else self.tokens + self.length
+        longest = None if self.packed else self.length
+        documents = token_ids(self.model, corpus_documents(self.corpus), enough=enough, longest=longest)
+        if self.packed:
             record = pack(self.model, documents, self.length, separator=self.separator)
             return RecordBatches(_first(record, self.tokens), rows)
         batches = bucketed(_first(pad(self.model, documents, self.length), self.tokens), rows)
@@ -244,6 +253,18 @@ def _stores(path: str) -> list[str]:
         if (child / "manifest.json").is_file() or (child / "plan.json").is_file()
     )
     return inside or [path]
+
+
+def _pickles_below(path: str, stores: list[str]) -> list[Any]:
+    """Files anywhere below a folder that may be pickles, but for those that the audit of a store has named."""
+    from interp.instrument.store_audit import PICKLES, Finding
+
+    root, named = Path(path), {Path(store) for store in stores}
+    if "://" in path or not root.is_dir():
+        return []
+    found = sorted(p for p in root.rglob("*") if p.suffix in PICKLES and p.is_file() and p.parent not in named)
+    problem, advice = "may be a pickle, which runs code when loaded", "do not load it"
+    return [Finding(file=p.relative_to(root).as_posix(), problem=problem, advice=advice) for p in found]
 
 
 @contextmanager

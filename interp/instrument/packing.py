@@ -4,14 +4,16 @@
 no padding, but a sequence may begin in the middle of a document and hold the end of another. `pad` keeps each document
 a sequence of its own, cut at `length`, padded on the right. Nothing is prepended silently in either.
 
-`bucketed` orders padded sequences by length, so that a batch holds sequences of similar length and padding stays small;
-rows keep their numbers, and the order depends on the lengths alone. `padding` says what share of positions is padding.
+`bucketed` orders padded sequences by length and ends a batch before its padding exceeds a bound (10 % of the batch), so
+that of the whole stays below it too; rows keep their numbers, and the cut depends on the lengths alone.
+`padding` says what share of positions is padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -64,19 +66,17 @@ class BucketedBatches:
 
     record: TokenRecord
     order: Int[Tensor, " n"]
-    rows_per_forward: int
+    starts: tuple[int, ...]
+    """Where in the order each batch begins, and the end."""
+    cut: str
 
     @property
     def hash(self) -> str:
         return self.record.hash
 
     @property
-    def cut(self) -> str:
-        return f"{self.rows_per_forward} rows per forward, sorted by length"
-
-    @property
     def n_batches(self) -> int:
-        return -(-len(self.record) // self.rows_per_forward)
+        return len(self.starts) - 1
 
     @property
     def n_tokens(self) -> int:
@@ -85,22 +85,34 @@ class BucketedBatches:
     def batch(self, number: int) -> Batch:
         if not 0 <= number < self.n_batches:
             raise InterpError(f"no batch {number}: there are batches 0 to {self.n_batches - 1}")
-        rows = self.order[number * self.rows_per_forward : (number + 1) * self.rows_per_forward]
+        rows = self.order[self.starts[number] : self.starts[number + 1]]
         return Batch(number=number, rows=rows, record=trimmed(self.record.rows(rows.tolist())))
 
     @property
     def padding(self) -> float:
         """Share of the positions that are run which are padding."""
         lengths = self.record.lengths[self.order]
-        run = sum(int(part.max()) * len(part) for part in lengths.split(self.rows_per_forward))
+        run = sum(int(lengths[a]) * (b - a) for a, b in pairwise(self.starts))
         return 1 - self.record.n_tokens / run
 
 
-def bucketed(record: TokenRecord, rows_per_forward: int = 8) -> BucketedBatches:
-    """Batches of similar length, the longest first; rows of equal length stay in their order."""
-    if rows_per_forward < 1:
-        raise InterpError(f"rows_per_forward={rows_per_forward} must be at least 1")
-    return BucketedBatches(record, torch.argsort(-record.lengths, stable=True), rows_per_forward)
+def bucketed(record: TokenRecord, rows_per_forward: int = 8, *, max_padding: float = 0.1) -> BucketedBatches:
+    """Batches of similar length, the longest first; rows of equal length stay in their order.
+
+    A batch has at most `rows_per_forward` rows, and fewer where more would make padding exceed `max_padding` of it.
+    """
+    if rows_per_forward < 1 or not 0 <= max_padding <= 1:
+        raise InterpError(f"rows_per_forward={rows_per_forward} must be at least 1, max_padding={max_padding} in 0..1")
+    order = torch.argsort(-record.lengths, stable=True)
+    starts, longest, real = [0], 0, 0
+    for at, length in enumerate(record.lengths[order].tolist()):
+        n = at - starts[-1] + 1
+        if at and (n > rows_per_forward or n * longest - real - length > max_padding * n * longest):
+            starts.append(at)
+            n = 1
+        longest, real = (length, length) if n == 1 else (longest, real + length)
+    cut = f"at most {rows_per_forward} rows per forward, sorted by length, at most {max_padding:g} padding"
+    return BucketedBatches(record, order, (*starts, len(order)), cut)
 
 
 def padding(record: TokenRecord) -> float:

@@ -11,10 +11,11 @@ carry the hash of the ids.
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -51,9 +52,10 @@ def corpus_text(name: str) -> str:
     return "\n\n".join(corpus_documents(name))
 
 
-def corpus_documents(name: str, limit: int | None = None) -> list[str]:
-    """The documents of a corpus, at most `limit` of them; none is empty."""
+def corpus_documents(name: str) -> Iterator[str]:
+    """The documents of a corpus, read as they are asked for; none is empty, and there is at least one."""
     kind, _, rest = name.partition(":")
+    found: Iterable[str]
     if kind == "docs":
         found = _docs(rest)
     elif kind == "docstrings" and rest:
@@ -61,21 +63,34 @@ def corpus_documents(name: str, limit: int | None = None) -> list[str]:
     elif kind == "file" and rest:
         found = [read_text(Path(rest).expanduser())]
     elif kind in [known.partition(":")[0] for known in FILE_KINDS] and rest:
-        found = read_documents(name, limit)
+        found = read_documents(name)
     else:
         raise unknown("corpus", name, KINDS)
-    kept = [text for text in found if text.strip()][:limit]
-    if not kept:
+    kept = (text for text in found if text.strip())
+    first = next(kept, None)
+    if first is None:
         raise InterpError(f"the corpus {name!r} is empty")
-    return kept
+    return chain([first], kept)
 
 
-def token_ids(model: LoadedModel, documents: Sequence[str]) -> list[list[int]]:
-    """Ids of each document, without special tokens; those of which nothing is left are left out."""
+def token_ids(
+    model: LoadedModel, documents: Iterable[str], *, enough: int | None = None, longest: int | None = None
+) -> list[list[int]]:
+    """Ids of each document, without special tokens; those of which nothing is left are left out.
+
+    enough: read no more documents once there are so many tokens, of each document at most the first `longest` counted.
+    """
     if model.tokenizer is None:
         raise InterpError(f"{model.source} has no tokenizer; load it with load(..., tokenizer=...)")
-    found = [_stream(model, text) for text in documents]
-    return [ids for ids in found if ids]
+    found: list[list[int]] = []
+    n_tokens = 0
+    for text in documents:
+        if ids := _stream(model, text):
+            found.append(ids)
+            n_tokens += len(ids) if longest is None else min(len(ids), longest)
+        if enough is not None and n_tokens >= enough:
+            break
+    return found
 
 
 def _stream(model: LoadedModel, text: str) -> list[int]:

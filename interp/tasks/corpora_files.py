@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from interp.core.errors import ArtefactError, InterpError, unknown
+from interp.core.errors import ArtefactError, InterpError, nearest, unknown
 
 FILE_KINDS = (
     "jsonl:PATH?field=text",
@@ -31,18 +31,17 @@ FILE_KINDS = (
 SHUFFLE_BUFFER = 10_000
 
 
-def read_documents(name: str, limit: int | None = None) -> list[str]:
-    """The documents a name stands for, at most `limit`. Raises ArtefactError for files that are not what they should
-    be, InterpError for options and fields that do not exist.
+def read_documents(name: str) -> Iterator[str]:
+    """The documents a name stands for, read as they are asked for. Raises ArtefactError for files that are not what
+    they should be, InterpError for options and fields that do not exist.
     """
     kind, _, rest = name.partition(":")
     place = rest.partition("?")[0]
     reader, known = _READERS[kind]
     options = read_options(name, (*known, "skip", "take"))
-    skip, take = _count(options, "skip", 0), _count(options, "take", None)
-    ends = [end for end in (take, limit) if end is not None]
-    stop = None if not ends or skip is None else skip + min(ends)
-    return list(islice(reader(place, options), skip, stop))
+    skip, take = _count(options, "skip"), _count(options, "take")
+    first = skip or 0
+    return islice(reader(place, options), first, None if take is None else first + take)
 
 
 def read_text(path: Path) -> str:
@@ -52,7 +51,19 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ArtefactError(f"{path} is not a UTF-8 text file") from error
     except OSError as error:
-        raise ArtefactError(f"could not read {path}: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> ArtefactError:
+    """What to raise for a file that cannot be read; for a missing one with the nearest names that are there."""
+    reason = f"could not read {path}: {getattr(error, 'strerror', None) or error}"
+    if path.exists():
+        return ArtefactError(reason)
+    try:
+        beside = [child.name for child in path.parent.iterdir()]
+    except OSError:
+        return ArtefactError(f"{reason}; there is no folder {path.parent}")
+    return ArtefactError(f"{reason}; nearest: {', '.join(nearest(path.name, beside)) or 'its folder is empty'}")
 
 
 def read_options(name: str, known: Iterable[str]) -> dict[str, str]:
@@ -68,13 +79,11 @@ def read_options(name: str, known: Iterable[str]) -> dict[str, str]:
     return options
 
 
-def _count(options: Mapping[str, str], key: str, default: int | None) -> int | None:
+def _count(options: Mapping[str, str], key: str) -> int | None:
     text = options.get(key)
-    if text is None:
-        return default
-    if not text.isdigit():
-        raise InterpError(f"{key}={text} should be a number of documents")
-    return int(text)
+    if text is not None and not text.isdecimal():
+        raise InterpError(f"{key}={text} should be a whole number, not below 0")
+    return None if text is None else int(text)
 
 
 def _field(record: Any, field: str, where: str) -> str:
@@ -101,7 +110,7 @@ def _jsonl(place: str, options: Mapping[str, str]) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise ArtefactError(f"{path} is not UTF-8 text") from error
     except (OSError, EOFError) as error:
-        raise ArtefactError(f"could not read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise unreadable(path, error) from error
 
 
 def _parsed(line: str, where: str) -> Any:
@@ -128,18 +137,18 @@ def _parquet(place: str, options: Mapping[str, str]) -> Iterator[str]:
                 for batch in file.iter_batches(columns=[column], batch_size=1024):
                     yield from (_field({column: text}, column, str(path)) for text in batch[0].to_pylist())
         except (OSError, pa.ArrowInvalid) as error:
-            raise ArtefactError(f"could not read {path}: {error}") from error
+            raise unreadable(path, error) from error
 
 
 def _dataset(place: str, options: Mapping[str, str]) -> Iterator[str]:
-    column, seed = options.get("column", "text"), options.get("shuffle")
+    column, seed = options.get("column", "text"), _count(options, "shuffle")
     path = Path(place).expanduser()
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         rows = _from_disk(path, options.get("split"))
-        rows = rows.shuffle(seed=int(seed)) if seed is not None else rows
+        rows = rows.shuffle(seed=seed) if seed is not None else rows
     else:
         rows = _streamed(place, options.get("split", "train"))
-        rows = rows.shuffle(seed=int(seed), buffer_size=SHUFFLE_BUFFER) if seed is not None else rows
+        rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if seed is not None else rows
     for number, row in enumerate(rows):
         yield _field(row, column, f"row {number} of {place}")
 
@@ -170,7 +179,7 @@ def _streamed(name: str, split: str) -> Any:
 def _folder(place: str, options: Mapping[str, str]) -> Iterator[str]:
     root = Path(place).expanduser()
     if not root.is_dir():
-        raise ArtefactError(f"{root} is no folder")
+        raise unreadable(root, NotADirectoryError("it is no folder"))
     pattern = options.get("glob", "*.txt")
     paths = sorted(path for path in root.rglob(pattern) if path.is_file())
     if not paths:

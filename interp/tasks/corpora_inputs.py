@@ -23,7 +23,7 @@ from torch import Tensor
 from interp.core.errors import ArtefactError, InterpError, MissingPackageError, unknown
 from interp.core.hash import hash_json
 from interp.instrument.stream import Batch
-from interp.tasks.corpora_files import read_options
+from interp.tasks.corpora_files import read_options, unreadable
 
 INPUT_KINDS = ("images:FOLDER?size=224", "array:PATH")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -99,7 +99,7 @@ def _images(folder: Path, options: Mapping[str, str]) -> tuple[int, Callable[[in
     except ImportError as error:
         raise MissingPackageError("images need Pillow: pip install pillow") from error
     if not folder.is_dir():
-        raise ArtefactError(f"{folder} is no folder of images")
+        raise unreadable(folder, NotADirectoryError("it is no folder of images"))
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
     if not paths:
         raise ArtefactError(f"{folder} holds no image ({', '.join(IMAGES)})")
@@ -146,6 +146,8 @@ def _array(path: Path, options: Mapping[str, str]) -> tuple[int, Callable[[int],
     except (OSError, ValueError, EOFError) as error:
         if isinstance(error, InterpError):
             raise
+        if not path.exists():
+            raise unreadable(path, error) from error
         raise ArtefactError(f"{path} is no array that can be read without unpickling: {error}") from error
     if found.ndim < 2 or not len(found) or found.dtype.kind not in "fiub":
         raise ArtefactError(

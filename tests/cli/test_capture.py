@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,15 @@ from interp.cli.capture import split_sites
 from interp.instrument.store import ActivationStore
 from tests.cli.conftest import Cli
 
-TINY = ("--model", "tiny-llama", "--corpus", "docs:assignment", "--length", "64")
+TINY = ("--model", "tiny-llama", "--corpus", "docs:assignment", "--length", "64", "--pack")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a command asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def test_names_are_split_at_commas_outside_braces() -> None:
@@ -48,8 +58,34 @@ def test_a_capture_is_planned_written_found_again_and_audited(cli: Cli, work: Pa
 
 def test_padding_and_its_share_are_said(cli: Cli) -> None:
     flags = ("--model", "tiny-llama", "--corpus", "docstrings:einops", "--length", "200", "--sites", "z.1")
-    said = cli("capture", *flags, "--packing", "pad", "--store-dtype", "int8")
+    said = cli("capture", *flags, "--pad", "--store-dtype", "int8")
     assert said.status == 0 and "padding" in said.out and "z.1" in said.out and "4 8" in said.out
+    assert 0 < cli("plan", "capture", *flags, "--pad", "--json").json["padding"] < 0.1
+
+
+def test_only_as_many_documents_are_read_as_are_needed(cli: Cli, work: Path) -> None:
+    lines = [json.dumps({"text": "ab" * n}) for n in range(1, 40)]
+    (work / "a.jsonl").write_text("\n".join([*lines, "broken"]))
+    flags = ("--model", "tiny-llama", "--sites", "z.1", "--corpus", "jsonl:a.jsonl", "--length", "20", "--json")
+    for packing in ("--pack", "--pad"):
+        assert cli("capture", *flags, packing, "--tokens", "100").json["tokens"] in range(100, 120)
+        assert "line 40" in cli("capture", *flags, packing).reason
+    (work / "b.jsonl").write_text("\n".join(lines))
+    found = cli("capture", *flags[:5], "jsonl:b.jsonl", *flags[6:], "--pack", "--tokens", "100")
+    assert found.json["store"] == cli("capture", *flags, "--pack", "--tokens", "100").json["store"]
+
+
+def test_pickles_anywhere_below_are_found(cli: Cli, work: Path) -> None:
+    (work / "runs" / "deep").mkdir(parents=True)
+    (work / "runs" / "deep" / "weights.pt").write_bytes(b"\x80\x04.")
+    store = cli("capture", *TINY, "--tokens", "128", "--sites", "z.1", "--out", "runs", "--json").json["store"]
+    (work / store / "more").mkdir()
+    (work / store / "more" / "a.pkl").write_bytes(b"\x80\x04.")
+    said = cli("audit", "runs", "--json")
+    assert said.status == 1
+    files = {finding["file"] for finding in said.json["runs"]}
+    assert files == {"deep/weights.pt", f"{Path(store).name}/more/a.pkl"}
+    assert "more/a.pkl" in cli("audit", store).out
 
 
 def test_arrays_and_samples(cli: Cli, work: Path) -> None:
@@ -63,7 +99,8 @@ def test_arrays_and_samples(cli: Cli, work: Path) -> None:
     ("flags", "says"),
     [
         (("--sites", "resid_pots.1"), "nearest: resid_post.1"),
-        (("--sites", "z.1", "--packing", "pck"), "unknown packing 'pck'; nearest: pack"),
+        (("--sites", "z.1", "--pad", "--separator", "1"), "--separator stands between packed documents"),
+        (("--sites", "z.1", "--corpus", "jsonl:a_fil"), "No such file or directory; nearest: a_file"),
         (("--sites", "z.1", "--store-dtype", "int4"), "unknown store dtype 'int4'; nearest: int8"),
         (("--sites", "z.1", "--length", "9999"), "context"),
         (("--sites", ""), "no sites were asked for"),
@@ -76,6 +113,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(cli: Cli, work: Path, flag
     (work / "a_file").write_text("here")
     assert says in cli("capture", *TINY, "--tokens", "128", *flags).reason
     assert [path.name for path in work.iterdir()] == ["a_file"]
+
+
+def test_packing_or_padding_is_chosen(cli: Cli, work: Path) -> None:
+    assert "say --pack to join them, or --pad" in cli("capture", *TINY[:-1], "--sites", "z.1").reason
+    assert not list(work.iterdir())
 
 
 def test_a_job_that_will_not_fit_is_refused_unless_forced(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pydoc_data.topics import topics
+
 import pytest
 import torch
-from pydoc_data.topics import topics
 
 from interp.core.errors import InterpError
 from interp.instrument.packing import bucketed, pack, pad, padding, trimmed
@@ -69,11 +71,28 @@ def test_buckets_of_real_text_hold_every_token_once_and_little_padding() -> None
     assert batches.hash == record.hash and batches.n_tokens == record.n_tokens
 
 
+@pytest.mark.parametrize("lengths", [[1], [9, 9, 9], [40, 1, 1, 1], [30, 28, 3, 29, 27, 1], list(range(1, 40))])
+@pytest.mark.parametrize("bound", [0.0, 0.1, 1.0])
+def test_no_batch_has_more_padding_than_the_bound(lengths: list[int], bound: float) -> None:
+    record = pad(MODEL, [[7] * n for n in lengths], 64)
+    batches = bucketed(record, 3, max_padding=bound)
+    parts = [batches.batch(number) for number in range(batches.n_batches)]
+    assert all(len(part.rows) <= 3 and padding(part.record) <= bound for part in parts)
+    assert sorted(row for part in parts for row in part.rows.tolist()) == list(range(len(lengths)))
+    assert batches.padding == pytest.approx(1 - sum(lengths) / sum(part.record.ids.numel() for part in parts))
+    for part, later in pairwise(parts):  # no batch ends without a reason
+        joined = torch.cat([part.rows, later.rows[:1]]).tolist()
+        more = 1 - sum(lengths[row] for row in joined) / (len(joined) * lengths[joined[0]])
+        assert len(part.rows) == 3 or more > bound
+    if bound == 1.0:
+        assert len(parts) == -(-len(lengths) // 3)
+
+
 def test_activations_do_not_depend_on_the_bucket() -> None:
     record = pad(MODEL, [list(b"one two three"), list(b"a"), list(b"four five"), list(b"bc")], 16)
     whole = MODEL(record)
     for number in range(2):
-        batch = bucketed(record, 2).batch(number)
+        batch = bucketed(record, 2, max_padding=0.5).batch(number)
         logits = MODEL(batch.record)
         for i, row in enumerate(batch.rows.tolist()):
             n = int(record.lengths[row])

@@ -68,39 +68,54 @@ def test_documents_come_whole_and_in_order(tmp_path: Path, kind: str) -> None:
     name = _written(tmp_path, kind)
     assert sorted(corpus_documents(name)) == sorted(TEXTS)
     if kind != "folder":  # paths are in order, not the texts
-        assert corpus_documents(name) == TEXTS
+        assert list(corpus_documents(name)) == TEXTS
         sign = "&" if "?" in name else "?"
-        assert corpus_documents(f"{name}{sign}skip=1&take=3", limit=2) == TEXTS[1:3]
+        assert list(corpus_documents(f"{name}{sign}skip=1&take=2")) == TEXTS[1:3]
     assert corpus_text(name).count("\n\n") == len(TEXTS) - 1
 
 
 def test_a_stream_is_shuffled_by_its_seed_alone(tmp_path: Path) -> None:
     name = _written(tmp_path, "dataset")
-    once, again, other = (read_documents(f"{name}?shuffle={seed}") for seed in (1, 1, 2))
+    once, again, other = (list(read_documents(f"{name}?shuffle={seed}")) for seed in (1, 1, 2))
     assert once == again and sorted(once) == sorted(other) == sorted(TEXTS) and once != other
 
 
 def test_a_dataset_that_is_not_on_disk_is_streamed(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     _jsonl(tmp_path / "data" / "train.jsonl")
-    assert read_documents(f"dataset:{tmp_path / 'data'}?take=2") == TEXTS[:2]
+    assert list(read_documents(f"dataset:{tmp_path / 'data'}?take=2")) == TEXTS[:2]
+
+
+def test_documents_are_read_only_as_far_as_they_are_needed(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "abcdef"})] * 3 + ["broken"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    model, name = tiny_model("llama"), f"jsonl:{tmp_path / 'a.jsonl'}"
+    assert list(map(len, token_ids(model, corpus_documents(name), enough=13))) == [6, 6, 6]
+    assert list(map(len, token_ids(model, corpus_documents(name), enough=4, longest=2))) == [6, 6]
+    with pytest.raises(ArtefactError, match="line 4"):
+        token_ids(model, corpus_documents(name), enough=19)
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("jsonl:none.jsonl", "could not read none.jsonl"),
+        ("jsonl:a.jsonll", "could not read a.jsonll: No such file or directory; nearest: a.jsonl"),
+        ("jsonl:none/a.jsonl", "No such file or directory; there is no folder none"),
+        ("parquet:a.jsonlx", "could not read a.jsonlx: .*; nearest: a.jsonl"),
+        ("file:a.jsonx", "could not read a.jsonx: No such file or directory; nearest: a.jsonl"),
+        ("dataset:set?shuffle=x", "shuffle=x should be a whole number"),
         ("jsonl:a.jsonl?field=txt", "unknown field in line 1 of a.jsonl 'txt'; nearest: text"),
         ("jsonl:a.jsonl?fild=text", "unknown option of jsonl 'fild'; nearest: field"),
         ("jsonl:a.jsonl?field", "should be key=value"),
-        ("jsonl:a.jsonl?take=many", "take=many should be a number"),
+        ("jsonl:a.jsonl?take=many", "take=many should be a whole number"),
         ("jsonl:broken.jsonl", "line 2 of broken.jsonl is not JSON"),
         ("jsonl:list.jsonl", "line 1 of list.jsonl is list"),
         ("jsonl:number.jsonl", "'text' in line 1 of number.jsonl is int, not text"),
         ("jsonl:cut.jsonl.gz", "could not read cut.jsonl.gz"),
         ("parquet:a.jsonl", "could not read a.jsonl"),
         ("parquet:.", "holds no .parquet file"),
-        ("folder:none", "none is no folder"),
+        ("folder:a.jsonl", "could not read a.jsonl: it is no folder"),
+        ("folder:b.jsonl", "it is no folder; nearest: a.jsonl"),
         ("folder:.?glob=*.md", r"no file below \. matches \*\.md"),
         ("folder:.?glob=*.bad", "latin.bad is not a UTF-8 text file"),
         ("jsonl:a.jsonl?skip=99", "is empty"),
@@ -117,7 +132,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     whole = gzip.compress(b'{"text": "x"}\n' * 100)
     Path("cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InterpError, match=says):
-        corpus_documents(name)
+        list(corpus_documents(name))
 
 
 def test_documents_become_ids_without_special_tokens() -> None:
