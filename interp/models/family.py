@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from interp.core.sites import Part
 
+OWNER = "*"
+"""As a path: whichever module has the site's hook point, if it is a norm. One table serves every bridge."""
+
 Side = Literal["input", "output", "op", "parameter", "replay", "attention"]
 
 
@@ -187,7 +190,7 @@ class Family:
     """Path of the projection that reads `z`."""
     after_attn: str | None = None
     after_mlp: str | None = None
-    """Norms between a sublayer's projection and the stream (Gemma)."""
+    """Norms between a sublayer's projection and the stream (Gemma); `OWNER` if the site is a hook point in it."""
 
 
 @dataclass(frozen=True, kw_only=True)

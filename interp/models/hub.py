@@ -161,7 +161,7 @@ class HookHub:
     def _place(self, reach: Reach) -> _Place:
         self._one_thread()
         name = reach.item if reach.side == "parameter" else None
-        key = (reach.path, reach.side, reach.op, reach.nth, reach.replay, name)
+        key = (self.table.canonical(reach.path), reach.side, reach.op, reach.nth, reach.replay, name)
         if key not in self._places:
             place = _Place(key)
             place.remove = self._install(place, reach)

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from interp.core.errors import InterpError
 from interp.core.seed import torch_generator
 from interp.core.sites import Part, Site
-from interp.models.family import ModuleCall
+from interp.models.family import OWNER, ModuleCall
 from interp.models.model import LoadedModel
 from interp.models.replays import untouched as no_tap
 
@@ -344,6 +344,7 @@ def _linear(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: fl
             continue
         left = _product(model, weight, layer, local[source])
         after = {Part.ATTN_OUT: family.after_attn, Part.MLP_OUT: family.after_mlp}.get(result)
+        after = _owner(model, Site(result, layer)) if after == OWNER else after
         left = _run(model, after, layer, left) if after else left
         reach = model.table.reach(Site(result, layer))
         if result in (Part.Q, Part.K) and reach.path.endswith("_norm"):  # normed head by head, or all heads at once
@@ -369,6 +370,12 @@ def _product(model: LoadedModel, name: str, layer: int | None, x: Tensor) -> Ten
     weight, bias = model.weight(name, layer).detach(), model.table.bias(name, layer)
     left = x.flatten(-2) @ weight.flatten(0, 1) if weight.ndim == 3 else x @ weight
     return left if bias is None else left + bias.detach()
+
+
+def _owner(model: LoadedModel, site: Site) -> str | None:
+    """The norm whose hook point the site is; `None` if it is a hook point of something else."""
+    owner = model.table.canonical(model.table.reach(site).path).rpartition(".")[0]
+    return owner if "norm" in type(model.module.get_submodule(owner)).__name__.lower() else None
 
 
 def _run(model: LoadedModel, path: str, layer: int, x: Tensor) -> Tensor:

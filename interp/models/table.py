@@ -6,7 +6,7 @@ family gets a table whose sites are its module paths, and those of the blocks it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -32,7 +32,18 @@ class FamilyTable:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        return {path: module for path, module in self.module.named_modules() if path}
+        """By path; hook points of TransformerLens also by the names that it gives them."""
+        hooks = getattr(self.module, "hook_dict", None)
+        named = {str(name): hook for name, hook in hooks.items()} if isinstance(hooks, Mapping) else {}
+        return {path: module for path, module in self.module.named_modules() if path} | named
+
+    @cached_property
+    def _first_paths(self) -> dict[int, str]:
+        return {id(module): path for path, module in reversed(self.modules.items())}
+
+    def canonical(self, path: str) -> str:
+        """One path for a module that has several."""
+        return self._first_paths[id(self.modules[path])] if path in self.modules else path
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:

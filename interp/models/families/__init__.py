@@ -29,7 +29,8 @@ def families() -> dict[str, Family]:
 def kind(module: nn.Module) -> str:
     """What decides the family: the class if a table is for that class, else the config's `model_type`."""
     name = type(module).__name__
-    if getattr(getattr(module, "cfg", None), "gated_mlp", False) and f"{name}:gated" in families():
+    cfg = getattr(module, "cfg", None)
+    if getattr(cfg, "gated_mlp", False) and not getattr(cfg, "num_experts", None) and f"{name}:gated" in families():
         return f"{name}:gated"
     model_type = getattr(getattr(module, "config", None), "model_type", None)
     return name if name in families() or not isinstance(model_type, str) else model_type
@@ -46,7 +47,7 @@ def fits(module: nn.Module, family: Family) -> bool:
 
     The inside of an MLP may be that of a user's class: then its block says which parts there are.
     """
-    paths = {path for path, _ in module.named_modules()}
+    paths = FamilyTable(module, None).modules
     if family.blocks not in paths:
         return False
     blocks = [block for inner in module.get_submodule(family.blocks).modules() if (block := block_of(inner))]
