@@ -74,7 +74,7 @@ def _at(at: At, where: Tensor, call: Call | None, n_rows: int, prompt: int) -> T
         return every
     if isinstance(at, Last):
         at = last_real(call, n_rows, prompt)
-    if isinstance(at, Tensor) and at.dtype == torch.bool:
+    if isinstance(at, Tensor) and at.dtype == torch.bool and at.ndim:
         return _masked(at, where, n_rows, prompt)
     if isinstance(at, Tensor) and at.ndim == 1 and not at.is_floating_point():
         if len(at) != n_rows:

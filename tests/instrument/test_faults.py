@@ -6,11 +6,12 @@ module used several times in one forward: test_capture.test_a_reused_module_is_n
 in-place ReLU after the hooked module: test_capture.test_in_place_networks_are_seen_as_they_were
 tuple and dict outputs: test_capture.test_outputs_that_are_tuples_or_dicts (dataclasses: below)
 exception inside the model: test_capture.test_an_exception_inside_the_model_is_passed_on_and_cleaned_up
-left and right padding: test_capture.test_padding_does_not_move_the_real_rows, test_last_is_the_last_real_token_under_...,
-    test_edits.test_left_padded_generation_does_not_depend_on_the_padding (right padding of the last token: below)
+left padding: test_capture.test_padding_does_not_move_the_real_rows,
+    test_edits.test_left_padded_generation_does_not_depend_on_the_padding
+right padding: test_capture.test_last_is_the_last_real_token_under_right_padding (values: below)
 BOS twice: test_tokens (the note says "twice")
-KV cache on and off: test_capture.test_generation_captures_each_position_once_whatever_the_cache, test_edits.test_generation_
-    is_edited_alike_with_and_without_the_cache
+KV cache on and off: test_capture.test_generation_captures_each_position_once_whatever_the_cache,
+    test_edits.test_generation_is_edited_alike_with_and_without_the_cache
 edit with a wrong shape or dtype: test_edits.REFUSED (device: below)
 nested captures, capture around edit: test_capture.test_nested_captures_and_captures_around_edits_see_the_edited_values
 Compiled, replicated, checkpointed and threaded models: test_faults_wrapped.

@@ -133,19 +133,20 @@ def test_gradients_inside_a_checkpoint_are_right_or_missing_with_a_reason(reentr
         model(x).sum().backward()
     inner = model.module.inner(x).detach().requires_grad_()  # pyright: ignore
     (wanted,) = torch.autograd.grad(model.module.last(inner.tanh()).sum(), inner)  # pyright: ignore
-    try:
+    if reentrant:  # the first pass ran without a graph
+        with pytest.raises(InterpError, match="no gradient has reached"):
+            acts.grad("inner")
+    else:
         torch.testing.assert_close(acts.grad("inner"), wanted)
-    except InterpError as error:
-        assert reentrant and "no gradient has reached" in str(error)
 
 
-def in_thread(work: object) -> list[BaseException]:
-    errors: list[BaseException] = []
+def in_thread(work: object) -> list[Exception]:
+    errors: list[Exception] = []
 
     def run() -> None:
         try:
             work()  # pyright: ignore
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, the test looks at it)
             errors.append(error)
 
     thread = threading.Thread(target=run)
@@ -159,7 +160,7 @@ def test_a_second_thread_is_refused_and_does_not_disturb_the_first() -> None:
     ids = tokens(model)
     with capture(model, "resid_post.*", stop=False) as plain:
         model(ids)
-    errors: list[BaseException] = []
+    errors: list[Exception] = []
 
     def meddle(*_: object) -> None:
         def capture_too() -> None:
