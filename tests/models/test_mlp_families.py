@@ -26,6 +26,9 @@ SHARED_LAYOUTS = {
     "Olmo3": "olmo2",
     "Exaone4": "exaone4",
     "Glm": "glm",
+    "Arcee": "arcee",
+    "Jais2": "arcee",
+    "Apertus": "apertus",
 }
 """Class in transformers -> the family whose table serves it."""
 
@@ -175,6 +178,23 @@ def test_olmo2_gradient_of_what_a_sublayer_reads() -> None:
     for name in names:
         assert torch.allclose(acts.grad(name), alone[name], rtol=1e-6), name
     assert not torch.allclose(alone["mlp_in.1"], alone["resid_mid.1"])
+
+
+def test_apertus_learns_its_activation() -> None:
+    """xIELU of the paper (arXiv:2411.13010), from the learnt parameters: quadratic above 0, exponential below."""
+    model = small("Apertus")
+    block: Any = model.layers[1]
+    act = block.mlp.act_fn
+    with torch.no_grad():
+        act.alpha_p += 0.5
+        act.alpha_n -= 0.3
+    with capture(model, ["neurons_pre.1", "neurons.1"]) as acts:
+        model(probe_tokens(model))
+    softplus, x, beta = torch.nn.functional.softplus, acts["neurons_pre.1"], float(act.beta)
+    above, below = softplus(act.alpha_p.detach()), beta + softplus(act.alpha_n.detach())
+    negative = below * (torch.expm1(x.clamp_max(-1e-6)) - x) + beta * x
+    expected = torch.where(x > 0, above * x * x + beta * x, negative)
+    assert torch.allclose(acts["neurons.1"], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_gemma2_logits_are_what_the_model_returns() -> None:
