@@ -76,6 +76,9 @@ def site_row(model: Any, site: Any) -> dict[str, Any]:
 
 def verify(
     model: options.ModelArgument,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="OTHER", help="The same network in another form.")
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.Json = False,
@@ -86,8 +89,12 @@ def verify(
     with console.progress() as steps:
         with steps.step(f"opening {model}"):
             opened = options.open_model(model, device, dtype, check=False)
+        reference = None
+        if against is not None:
+            with steps.step(f"opening {against}"):
+                reference = options.open_model(against, device, dtype, check=False)
         with steps.step("verifying every site"):
-            report = probe(opened)
+            report = probe(opened, reference=reference)
     if as_json:
         console.emit_json(report_json(report))
     else:

@@ -84,18 +84,19 @@ def probe_tokens(model: LoadedModel, n_rows: int = 2) -> Int[Tensor, "batch pos"
 
 def probe_pixels(model: LoadedModel, n_rows: int = 2) -> Float[Tensor, "batch channel height width"]:
     """Random images of the size that the model takes; the same for every run."""
-    config: Any = model.module.config
-    size = getattr(config, "image_size", None)
+    config: Any = getattr(model.module, "config", None)
+    size = getattr(config, "image_size", getattr(model.module, "input_image_size", None))
     if size is None:
         raise InterpError(f"{model.source} takes images of any size; pass the probe an input of your own")
     height, width = (size, size) if isinstance(size, int) else size
-    shape = (n_rows, config.num_channels, height, width)
+    shape = (n_rows, getattr(config, "num_channels", 3), height, width)
     return torch.randn(shape, generator=torch_generator(0, "probe")).to(model.device, model.dtype)
 
 
 def probe_inputs(model: LoadedModel) -> Tensor:
-    """Tokens or images, as the family takes them; an error for a network of no known family."""
-    return probe_pixels(model) if model.takes_pixels else probe_tokens(model)
+    """Tokens or images, as the network takes them; an error for one that says neither."""
+    images = model.takes_pixels or hasattr(model.module, "input_image_size")
+    return probe_pixels(model) if images else probe_tokens(model)
 
 
 def quick_check(model: LoadedModel) -> ProbeReport:
