@@ -15,18 +15,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from interp.core.errors import InterpError, SiteError
 from interp.core.sites import Part, Site
+from interp.models.attending import attended
 from interp.models.attention import AttentionCall, Later, tap
 from interp.models.calls import Call, call_of
+from interp.models.carry import Carry
 from interp.models.family import ModuleCall, Reach
 from interp.models.inside import OpScope
 from interp.models.parameters import shadow
-from interp.models.replays import Watcher, replayed
+from interp.models.replays import Watcher, into_graph, replayed
 from interp.models.table import FamilyTable
 from interp.models.views import Arguments, Frame, check_same, read, replaced, view_of, write
 
@@ -57,16 +58,6 @@ class _Place:
         return any(entry.grad for entry in self.readers)
 
 
-@dataclass(eq=False)
-class _Carry:
-    """An edited stream that a skip connection has to take along: the block's output is stream + what was added."""
-
-    users: int = 0
-    stream: Tensor | None = None
-    added: Tensor | None = None
-    undo: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
-
-
 class HookHub:
     """Readers and writers of one model."""
 
@@ -92,7 +83,7 @@ class HookHub:
         """One per open context: whether it still waits for a site (or forbids stopping)."""
         self._places: dict[tuple[Any, ...], _Place] = {}
         self._scopes: dict[str, OpScope] = {}
-        self._carries: dict[str, _Carry] = {}
+        self._carries: dict[str, Carry] = {}
         self._root: list[RemovableHandle] = []
         self._thread = 0
         """Who has readers or writers here."""
@@ -104,13 +95,12 @@ class HookHub:
             raise SiteError(f"{site} can only be read; edit {replace(site, part=reach.instead)}, from which it follows")
         place, entry = self._place(reach), Watcher(site, reach, writer)
         place.writers.append(entry)
-        if reach.carry:
-            self._begin_carry(site, reach.carry, reach.carry_plus)
+        let_go = self._carry(site, reach) if reach.carry else None
 
         def undo() -> None:
             place.writers.remove(entry)
-            if reach.carry:
-                self._end_carry(reach.carry)
+            if let_go:
+                let_go()
             self._clean(place)
 
         return undo
@@ -261,7 +251,7 @@ class HookHub:
                 shared = entry.reach.side == "input" or not raw.requires_grad  # others may read the same tensor
                 if shared and not (entry.reach.carry or entry.reach.whole):
                     value, raw = replaced(frame, value, raw.view_as(raw))
-                _into_graph(raw)
+                into_graph(raw)
                 if entry.reach.whole:  # the view is computed beside the value: put it in the path
                     value = write(frame, value, view)
                 else:
@@ -297,87 +287,35 @@ class HookHub:
     def _attend(self, place: _Place, call: AttentionCall, output: Tensor) -> Tensor:
         past = self.call.past if self.call else None
         n_gone = max(0, self.call.past + self.call.n_pos - call.key.shape[2]) if self.call else 0
-        if place.writers or place.wants_grad:
-            output = self._attend_again(place, call, output, n_gone, past)
-        else:
-            made: dict[tuple[int, ...] | None, Tensor] = {}
-            for entry in list(place.readers):
-                if entry.later is not None:
-                    entry.later(Later(call, entry.site.part, entry.heads, n_gone, past))
-                    continue
-                key = None if entry.heads is None else tuple(entry.heads)
-                if key not in made:
-                    made[key] = call.scores(entry.heads, n_gone, past)
-                value = made[key] if entry.site.part is Part.ATTN_SCORES else call.pattern(made[key], entry.heads)
-                entry.act(value, value)
+        output = attended(call, output, place.writers, place.readers, n_gone, past, grad=place.wants_grad)
         self.stop_if_done()
         return output
 
-    def _attend_again(
-        self, place: _Place, call: AttentionCall, output: Tensor, n_gone: int, past: int | None
-    ) -> Tensor:
-        """Edits of scores and pattern take effect; with gradients, the output depends on them."""
-        plain_scores = call.scores(None, n_gone, past)
-        scores = self._rewrite(place, Part.ATTN_SCORES, plain_scores)
-        masked = plain_scores == torch.finfo(scores.dtype).min  # what is masked stays so, whatever an edit says
-        if scores is not plain_scores:
-            scores = torch.where(masked, plain_scores, scores)
-        self._show(place, Part.ATTN_SCORES, scores)
-        plain = call.pattern(plain_scores)
-        unedited = plain if scores is plain_scores else call.pattern(scores)
-        pattern = self._rewrite(place, Part.PATTERN, unedited)
-        if pattern is not unedited:
-            pattern = torch.where(masked, unedited, pattern)
-        self._show(place, Part.PATTERN, pattern)
-        again = call.outputs(pattern[..., n_gone:])
-        if place.wants_grad:
-            output = output.detach() + (again - again.detach())
-        moved = (pattern != plain).any(dim=3).transpose(1, 2)
-        return torch.where(moved[..., None], again, output) if bool(moved.any()) else output
-
-    def _rewrite(self, place: _Place, part: Part, value: Tensor) -> Tensor:
-        for entry in place.writers:
-            if entry.site.part is part:
-                value = check_same(str(entry.site), value, entry.act(value))
-        return value
-
-    def _show(self, place: _Place, part: Part, value: Tensor) -> None:
-        for entry in list(place.readers):
-            if entry.site.part is part:
-                if entry.grad:
-                    _into_graph(value)
-                entry.act(value if entry.heads is None else value[:, list(entry.heads)], value)
-
-    def _begin_carry(self, site: Site, path: str, added: Part) -> None:
-        """Make the block's output follow an edited stream: stream + what the sublayer added, as the block itself."""
-        carry = self._carries.setdefault(path, _Carry())
+    def _carry(self, site: Site, reach: Reach) -> Callable[[], None]:
+        """Have the block's output follow an edited stream while somebody edits it; returns what undoes this."""
+        path = str(reach.carry)
+        carry = self._carries.setdefault(path, Carry())
         carry.users += 1
-        if carry.users > 1:
-            return
+        if carry.users == 1:
+            place = self._place(Reach(path=path))
+            entry = Watcher(Site(Part.MODULE, path=path), Reach(path=path), carry.join)
+            place.writers.insert(0, entry)
+            stop_reading = self.add_reader(replace(site, part=reach.carry_plus), carry.keep)
 
-        def keep(_view: Tensor, raw: Tensor) -> None:
-            carry.added = raw
+            def stop() -> None:
+                stop_reading()
+                place.writers.remove(entry)
+                self._clean(place)
 
-        def join(output: Tensor) -> Tensor:
-            stream, carry.stream = carry.stream, None
-            return output if stream is None or carry.added is None else stream + carry.added
+            carry.stop = stop
 
-        def drop() -> None:
-            place.writers.remove(entry)
-            self._clean(place)
+        def undo() -> None:
+            carry.users -= 1
+            if not carry.users:
+                del self._carries[path]
+                carry.stop()
 
-        place = self._place(Reach(path=path))
-        entry = Watcher(Site(Part.MODULE, path=path), Reach(path=path), join)
-        place.writers.insert(0, entry)
-        carry.undo = [self.add_reader(replace(site, part=added), keep), drop]
-
-    def _end_carry(self, path: str) -> None:
-        carry = self._carries[path]
-        carry.users -= 1
-        if not carry.users:
-            del self._carries[path]
-            for undo in carry.undo:
-                undo()
+        return undo
 
     def _one_thread(self) -> None:
         """Values of two forwards at once could not be told apart, so all of it happens in one thread."""
@@ -393,7 +331,7 @@ class HookHub:
         self.abort()
         self.n_forward += 1
         for carry in self._carries.values():
-            carry.stream = carry.added = None
+            carry.forget()
         self.call = call_of(args, kwargs, self.prompt, self.generation, self.seen)
         if self.call and self.prompt is not None:
             self.seen = self.call.past + self.call.n_pos
@@ -406,11 +344,3 @@ class HookHub:
                 handle.remove()
             self._root, self.call = [], None
             self.held.clear()
-
-
-def _into_graph(value: Tensor) -> None:
-    """Have autograd keep the gradient of this tensor."""
-    if value.requires_grad:
-        value.retain_grad()
-    else:
-        value.requires_grad_()

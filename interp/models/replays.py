@@ -161,3 +161,11 @@ def _with_graph(own: Any, again: Any) -> Any:
 
 def _where_moved(own: Any, again: Any, plain: Any) -> Any:
     return torch.where(again == plain, own, again.to(own)) if isinstance(own, Tensor) else own
+
+
+def into_graph(value: Tensor) -> None:
+    """Have autograd keep the gradient of this tensor."""
+    if value.requires_grad:
+        value.retain_grad()
+    else:
+        value.requires_grad_()

@@ -320,3 +320,22 @@ def test_an_edited_stream_is_not_rounded_by_a_huge_one(family: str) -> None:
         with edited(model, [set_to("resid_mid.1", value)]), capture(model, ["mlp_out.1", "resid_post.1"]) as acts:
             model(ids)
     assert torch.equal(acts["resid_post.1"], value + acts["mlp_out.1"])
+
+
+def test_two_edits_of_one_stream_end_in_any_order() -> None:
+    model = tiny_model("llama")
+    ids = tokens(model)
+    plain = model(ids)
+    first, second = edited(model, [add("resid_mid.1", 1.0)]), edited(model, [add("resid_mid.1", 2.0)])
+    first.__enter__()
+    second.__enter__()
+    both = model(ids)
+    first.__exit__(None, None, None)
+    one = model(ids)
+    second.__exit__(None, None, None)
+    with edited(model, [add("resid_mid.1", 2.0)]):
+        assert torch.equal(model(ids), one)
+    with edited(model, [add("resid_mid.1", 1.0), add("resid_mid.1", 2.0)]):
+        assert torch.equal(model(ids), both)
+    assert torch.equal(model(ids), plain)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.module.modules())
