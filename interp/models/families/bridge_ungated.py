@@ -23,7 +23,7 @@ def _by_heads(_module: nn.Module, x: Tensor, new: Tensor) -> Tensor:
 
 
 NORMED = View(read=_flat, write=_by_heads)
-"""Normed queries are (batch, head, pos, d_head) where each head is normed, (batch, pos, width) where all are at once."""
+"""Normed queries are (batch, head, pos, d_head) if each head is normed, (batch, pos, width) if all are at once."""
 
 COMMON = {
     Part.EMBED: Reach(path="embed.hook_out"),
