@@ -1,27 +1,32 @@
 """`interp bench`: how fast the workbench is, as ratios against other ways of doing the same in the same process.
 
 Systems take turns (round-robin), after one warm-up each; the table gives the median, the spread, and the ratio of
-medians to the first row of its group. Peers that are not installed are left out and named. Absolute times belong to
-this machine and this hour; the ratios are what to compare.
+medians to the first row of its group. Peak memory is measured in a turn of its own, and so is the largest difference
+of the logits to those of the first row. Peers that are not installed are left out and named. Absolute times belong to
+this machine and this hour; the ratios are what to compare, and on a busy machine even those move by 10 %.
 """
 
 from __future__ import annotations
 
 import gc
+import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
 from interp.cli import console, options
-from interp.core.errors import unknown
-
-Systems = dict[str, Callable[[], object]]
+from interp.cli.bench_capture import Group, Notes, Systems, capture_groups
+from interp.cli.bench_memory import peak_bytes
+from interp.core.errors import ArtefactError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +34,28 @@ class Timing:
     """One system's times."""
 
     work: str
+    case: str
     system: str
     median_s: float
     low_s: float
     high_s: float
     ratio: float
     """Median over the median of the group's first system."""
+    ratio_low: float
+    """The same of the fastest turns: what is left when the rest of the machine is quiet."""
+    peak_bytes: int | None
+    """Peak memory above the level before the call."""
+    difference: float | None
+    """Largest difference of its logits to the first system's; 0 is bit for bit."""
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What a benchmark is given."""
+
+    model: Any
+    bf16: bool = False
+    notes: Notes = field(default_factory=Notes)
 
 
 def register(app: typer.Typer) -> None:
@@ -42,30 +63,70 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    work: Annotated[str, typer.Argument(help="capture, patching, sae or all.")] = "all",
+    work: Annotated[str, typer.Argument(help="capture, store, patching, sae or all.")] = "all",
     model: options.Model = options.DEFAULT_MODEL,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns each system gets.")] = 5,
     threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads; 0 leaves torch's choice.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="capture: also in bfloat16, with its error per part.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON here as well.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Time capture, exact patching and SAE training against their peers, in one process."""
+    """Time capture, the store, exact patching and SAE training against their peers, in one process."""
     names = list(WORKS) if work == "all" else [work]
     if work != "all" and work not in WORKS:
         raise unknown("work", work, [*WORKS, "all"])
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ArtefactError(f"{out} is no file that can be written; name a file in a folder that exists")
     timings: list[Timing] = []
     with _threads(threads), console.progress() as steps:
-        opened = options.open_model(model, check=False)
+        needed = set(names) - set(NEEDS_NO_MODEL)
+        given = Bench(model=options.open_model(model, check=False) if needed else None, bf16=bf16)
         for name in names:
             with steps.step(f"timing {name}"):
-                timings += _race(name, WORKS[name](opened), rounds)
+                for group in WORKS[name](given):
+                    timings += _race(name, group, rounds)
+        found = _document(given, model if needed else None, rounds, timings)
+    if out is not None:
+        temporary = out.with_name(f".{out.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        temporary.replace(out)
     if as_json:
-        console.emit_json([asdict(timing) for timing in timings])
-        return
-    columns = ("work", "system", "median s", "spread s", "ratio")
-    rows = [
-        (t.work, t.system, f"{t.median_s:.3f}", f"{t.low_s:.3f} to {t.high_s:.3f}", f"{t.ratio:.2f}") for t in timings
-    ]
-    console.table("", columns, rows)
+        console.emit_json(found)
+    else:
+        _show(timings, given.notes)
+
+
+def _document(given: Bench, model: str | None, rounds: int, timings: list[Timing]) -> dict[str, Any]:
+    import torch
+
+    return {
+        "model": model,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "timings": [asdict(timing) for timing in timings],
+        **asdict(given.notes),
+    }
+
+
+def _show(timings: list[Timing], notes: Notes) -> None:
+    columns = ("system", "median s", "spread s", "ratio", "of the fastest", "peak MB", "logits differ by")
+    for work, case in dict.fromkeys((t.work, t.case) for t in timings):
+        rows = [
+            (
+                t.system, f"{t.median_s:.3f}", f"{t.low_s:.3f} to {t.high_s:.3f}", f"{t.ratio:.2f}",
+                f"{t.ratio_low:.2f}", "" if t.peak_bytes is None else f"{t.peak_bytes / 1e6:.0f}",
+                "" if t.difference is None else f"{t.difference:.2g}",
+            )
+            for t in timings if (t.work, t.case) == (work, case)
+        ]  # fmt: skip
+        console.table(f"{work}: {case}", columns, rows, right=columns[1:])
+    if notes.bf16_error:
+        rows = [(part, f"{e['median']:.1e}", f"{e['max']:.1e}") for part, e in notes.bf16_error.items()]
+        console.table("relative error of bfloat16, over layers", ("part", "median", "largest"), rows)
+    for name, reason in notes.left_out.items():
+        console.line(f"left out: {name} ({reason})")
 
 
 @contextmanager
@@ -80,67 +141,70 @@ def _threads(n: int) -> Generator[None, None, None]:
         torch.set_num_threads(before)
 
 
-def _race(work: str, systems: Systems, rounds: int) -> list[Timing]:
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
+def _race(work: str, group: Group, rounds: int) -> list[Timing]:
+    seconds: dict[str, list[float]] = {name: [] for name in group.systems}
     for number in range(rounds + 1):
-        for name, run in systems.items():
+        for name, run in group.systems.items():
             gc.collect()
             began = time.perf_counter()
-            run()
+            result = run()
             if number:
                 seconds[name].append(time.perf_counter() - began)
-    first = statistics.median(next(iter(seconds.values())))
-    return [
-        Timing(
-            work=work,
-            system=name,
-            median_s=statistics.median(times),
-            low_s=min(times),
-            high_s=max(times),
-            ratio=statistics.median(times) / first,
+            del result  # before the next begins: its memory is nobody's help or burden
+    first = next(iter(seconds.values()))
+    reference: Any = None
+    timings: list[Timing] = []
+    for name, times in seconds.items():
+        result, peak = peak_bytes(group.systems[name])
+        reference = result if reference is None else reference
+        timings.append(
+            Timing(
+                work=work,
+                case=group.case,
+                system=name,
+                median_s=statistics.median(times),
+                low_s=min(times),
+                high_s=max(times),
+                ratio=statistics.median(times) / statistics.median(first),
+                ratio_low=min(times) / min(first),
+                peak_bytes=peak,
+                difference=_difference(reference, result),
+            )
         )
-        for name, times in seconds.items()
-    ]
+    return timings
 
 
-def _capture(model: Any) -> Systems:
-    """Plain forward first; then captures of 120 sites, of all, and of the first third of the layers."""
+def _difference(reference: Any, result: Any) -> float | None:
     import torch
 
-    from interp.core.seed import torch_generator
-    from interp.instrument.capture import capture
-
-    tokens = torch.randint(model.dims.d_vocab, (8, 128), generator=torch_generator(0, "bench"))
-    third = model.n_layers // 3
-    gated = ["resid_post.*", "gate_pre.*", "up.*", "neurons.*"]
-
-    def captured(sites: Any, *, stop: bool) -> Callable[[], object]:
-        def run() -> object:
-            with capture(model, sites, stop=stop):
-                return model(tokens)
-
-        return run
-
-    def plain() -> object:
-        with torch.no_grad():
-            return model.module(tokens, use_cache=False).logits
-
-    return {
-        "plain forward": plain,
-        f"capture {len(model.resolve(gated))} sites": captured(gated, stop=False),
-        f"capture all {len(model.sites())} sites": captured("*", stop=False),
-        f"capture resid_post up to layer {third}": captured(f"resid_post.0-{third}", stop=True),
-    }
+    if not isinstance(result, torch.Tensor) or not isinstance(reference, torch.Tensor):
+        return None
+    if result.shape != reference.shape:
+        return None
+    return float((result.float() - reference.float()).abs().max())
 
 
-def _patching(model: Any) -> Systems:
+def _capture(bench: Bench) -> Iterator[Group]:
+    return capture_groups(bench.model, bench.notes, bf16=bench.bf16)
+
+
+def _store(_bench: Bench) -> Iterator[Group]:
+    """Writing 230 MB with fsync, and gathering random rows, against the raw file system."""
+    from interp.instrument.store_bench import read_systems, write_systems
+
+    with TemporaryDirectory(prefix="interp-bench-", dir=Path.cwd()) as folder:
+        yield Group(case="write and fsync", systems=write_systems(Path(folder)))
+        yield Group(case="random rows", systems=read_systems(Path(folder)))
+
+
+def _patching(bench: Bench) -> Iterator[Group]:
     """All resid_post sites of one IOI pair: one forward per site (timed on a tenth, scaled up below), and ours."""
     from interp.analyses.patching_bench import bench_systems
 
-    return bench_systems(model)
+    yield Group(case="resid_post", systems=bench_systems(bench.model))
 
 
-def _sae(_model: Any) -> Systems:
+def _sae(bench: Bench) -> Iterator[Group]:
     """One training step at B 2048, d_in 576, d_dict 8192, k 32, against the encode GEMM alone and SAELens."""
     import torch
 
@@ -157,7 +221,9 @@ def _sae(_model: Any) -> Systems:
     }
     if find_spec("sae_lens") is not None:
         systems["SAELens"] = _sae_lens_step(x)
-    return systems
+    else:
+        bench.notes.left_out["SAELens"] = "sae_lens is not installed"
+    yield Group(case="training step", systems=systems)
 
 
 def _sae_lens_step(x: Any) -> Callable[[], object]:
@@ -180,4 +246,10 @@ def _sae_lens_step(x: Any) -> Callable[[], object]:
     return step
 
 
-WORKS: dict[str, Callable[[Any], Systems]] = {"capture": _capture, "patching": _patching, "sae": _sae}
+WORKS: dict[str, Callable[[Bench], Iterator[Group]]] = {
+    "capture": _capture,
+    "store": _store,
+    "patching": _patching,
+    "sae": _sae,
+}
+NEEDS_NO_MODEL = ("store", "sae")
