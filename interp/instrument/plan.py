@@ -2,8 +2,9 @@
 
 Two batches are really run: the first one also warms up, the second one is timed and weighed. Bytes on disk follow from
 the stored columns of the trial (exact per token; statistics and headers add a fixed part per shard). Peak memory is
-what the process holds now, two shards (one waits while the next is captured), and for one batch the activations of all
-sites and their copies in the store's dtype. A job that will not fit is refused with the flag that makes it fit.
+what the process holds after the trial, and at least what it held before and three times the activations of one batch
+(as the model made them, in the store's dtype, and back); and two shards, one being written while the next is captured.
+A job that will not fit is refused with the flag that makes it fit.
 Trap: the time is this machine's at this moment, and later batches may be longer than the two that were tried.
 """
 
@@ -24,7 +25,7 @@ from interp.instrument.shards import PAGE
 from interp.instrument.statistics import Statistics
 from interp.instrument.store_encode import Encoded, encode_batch
 from interp.instrument.store_plan import StoreConfig, make_plan, store_key
-from interp.instrument.stream import Batches
+from interp.instrument.stream import Batch, Batches
 from interp.models.model import LoadedModel
 
 SPARE = 0.9
@@ -69,7 +70,8 @@ def plan_capture(
     folder: Path | None = None,
 ) -> CapturePlan:
     """Try two batches and add up. `folder` is where the store will lie, `None` if that is not this machine's disk."""
-    first = encode_batch(model, batches.batch(0), sites, config.dtype)
+    before = psutil.Process().memory_info().rss
+    first = _tried(model, batches.batch(0), sites, config.dtype)
     numbers = {0, batches.n_batches // 2}
     began = time.perf_counter()
     trial = encode_batch(model, batches.batch(max(numbers)), sites, config.dtype)
@@ -84,7 +86,7 @@ def plan_capture(
     shard = per_token * plan.batches_per_shard * max(tried, n_first) + fixed
     held = psutil.Process().memory_info().rss
     raw = sum(_raw_bytes(part, model) for part in (first, trial)) // 2
-    memory = held + 2 * min(shard, disk) + 3 * raw
+    memory = max(held, before + 3 * raw) + 2 * min(shard, disk)
     made = CapturePlan(
         n_batches=batches.n_batches,
         n_tokens=n_tokens,
@@ -100,6 +102,17 @@ def plan_capture(
         refusals=(),
     )
     return replace(made, refusals=tuple(_refusals(made, shard)))
+
+
+def _tried(model: LoadedModel, batch: Batch, sites: Sequence[Site], dtype: str) -> Encoded:
+    """The first batch; a model that will not take inputs of this shape is the user's news, not a crash."""
+    try:
+        return encode_batch(model, batch, sites, dtype)
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        if isinstance(error, InterpError) or batch.inputs is None:
+            raise
+        shape = tuple(batch.inputs.shape)
+        raise InterpError(f"{model.source} does not take an input of shape {shape}: {error}") from error
 
 
 def _raw_bytes(part: Encoded, model: LoadedModel) -> int:

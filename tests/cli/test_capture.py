@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +74,29 @@ def test_only_as_many_documents_are_read_as_are_needed(cli: Cli, work: Path) -> 
     (work / "b.jsonl").write_text("\n".join(lines))
     found = cli("capture", *flags[:5], "jsonl:b.jsonl", *flags[6:], "--pack", "--tokens", "100")
     assert found.json["store"] == cli("capture", *flags, "--pack", "--tokens", "100").json["store"]
+
+
+@pytest.mark.needs_package("PIL")
+def test_images_and_arrays_through_a_vision_model(cli: Cli, work: Path) -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (11, 20, 24, 3), dtype=np.uint8)
+    (work / "pictures").mkdir()
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(work / "pictures" / f"{number:02d}.png")
+    flags = ("--model", "tiny-vit", "--sites", "resid_post.*", "--rows-per-forward", "4", "--json")
+    images = ("--corpus", "images:pictures?size=16")
+    plan, said = cli("plan", "capture", *flags, *images), cli("capture", *flags, *images)
+    folder = work / said.json["store"]
+    assert plan.json["fits"] and cli("audit", folder).status == 0
+    store = ActivationStore.open(folder)
+    n_pos = len(store) // 11
+    assert len(store) == 11 * n_pos and n_pos > 1
+    assert store.tokens()[1].tolist() == [row for row in range(11) for _ in range(n_pos)]
+    np.save("a.npy", np.moveaxis(pixels[:, :16, :16], 3, 1).astype(np.float32) / 255)
+    assert cli("capture", *flags, "--corpus", "array:a.npy").json["tokens"] == len(store)
+    refused = cli("plan", "capture", *flags, "--corpus", "images:pictures?size=32").reason
+    assert "tiny-vit does not take an input of shape (4, 3, 32, 32)" in refused
 
 
 def test_pickles_anywhere_below_are_found(cli: Cli, work: Path) -> None:
