@@ -130,7 +130,9 @@ class FamilyTable:
         known = {str(site): site for site in self.sites}
         for site in self.sites:
             for alias in site.aliases:
-                known.setdefault(alias, site)
+                # A model's own hook point of this name wins where it holds something else, e.g. queries before a norm.
+                if alias not in self.modules or self.canonical(alias) == self.canonical(self.reach(site).path):
+                    known.setdefault(alias, site)
         return known
 
     def resolve(self, wanted: str | Site | Iterable[str | Site]) -> list[Site]:
