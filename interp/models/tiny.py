@@ -59,7 +59,9 @@ def tiny_model(
     bos, eos, pad = range(256, D_VOCAB)
     specials = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad} if takes == "tokens" else {}
     fields = {**specials, **tiny.fields(sizes), **(overrides or {})}
-    module: nn.Module = getattr(transformers, tiny.model)(getattr(transformers, tiny.config)(**fields))
+    with torch.random.fork_rng(devices=[]):  # step sizes and decays start from random numbers, which are kept
+        torch.set_rng_state(torch_generator(seed, "build").get_state())
+        module: nn.Module = getattr(transformers, tiny.model)(getattr(transformers, tiny.config)(**fields))
     _fill(module, seed, std)
     module.to(device=device, dtype=dtype).eval()
     fit_dtype(module, dtype)
