@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from interp.core.errors import SiteError
 from interp.core.sites import Part
 from interp.models.family import ModuleCall, Reach, Replay, Rule, Tap, View, Weight
 
@@ -71,7 +72,7 @@ def experts_replay(
     """
 
     def replay(call: ModuleCall, tap: Tap) -> Tensor:
-        module: Any = call.module
+        module = _replayable(call.module)
         x, experts, weights = (*call.args, *call.kwargs.values())
         rows = call.n_rows or 1
 
@@ -89,6 +90,21 @@ def experts_replay(
         return (out * weights[..., None]).sum(1).to(x.dtype)
 
     return replay
+
+
+def _replayable(module: nn.Module) -> Any:
+    """The module, if its weights are plain gate_up_proj and down_proj that this process holds all of."""
+    plain = all(
+        isinstance(weight := getattr(module, name, None), Tensor) and weight.is_floating_point() and weight.ndim == 3
+        for name in ("gate_up_proj", "down_proj")
+    )
+    if not plain or getattr(module, "_is_expert_parallel", False):
+        reason = "spread over processes" if plain else "not held as plain tensors (quantised, say)"
+        raise SiteError(
+            f"what happens inside {type(module).__name__} cannot be computed beside it: its weights are {reason}; "
+            "router_logits, router_weights and routed_out can be captured"
+        )
+    return module
 
 
 def fit_dtype(module: nn.Module, dtype: torch.dtype) -> None:

@@ -319,6 +319,21 @@ def test_a_wrong_replay_fails_the_probe(monkeypatch: pytest.MonkeyPatch) -> None
     assert "sum of weight * expert_out == routed_out" in failed
 
 
+def test_experts_that_cannot_be_replayed_say_so() -> None:
+    model = tiny_model("mixtral", n_layers=2)
+    mlp_of(model).experts._is_expert_parallel = True
+    with pytest.raises(SiteError, match="cannot be computed beside it: its weights are spread"):
+        capture_all(model, ("expert_up.1",))
+    with capture(model, "router_weights.1") as acts:
+        model(probe_tokens(model))
+    assert acts["router_weights.1"].shape == (2, 12, 6)
+
+
+def test_the_nearest_name_where_a_layer_has_experts() -> None:
+    with pytest.raises(SiteError, match="expert_gate_pre"):
+        tiny_model("mixtral", n_layers=2).resolve("gate_pre.1")
+
+
 def test_gradients_reach_the_weights_of_chosen_experts_only() -> None:
     model = tiny_model("mixtral", n_layers=2)
     with capture(model, ["router_weights.1", "router_experts.1"], grad=True) as acts:
