@@ -83,7 +83,7 @@ class SAEConfig:
     drop_norm: float = 10.0
     """Leave out position 0 and tokens whose norm exceeds this multiple of the median; 0 keeps every token."""
     store_dtype: str = "float16"
-    """Precision of the stored activations: float16, bfloat16 or float32."""
+    """Precision of the stored activations: float32, float16, bfloat16 or int8."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,6 +7,8 @@ any process can write it at any time. m is the largest number of batches that st
 The plan lies in the folder from the start and stays. A capture that finds one without a manifest goes on with it: it
 takes the plan's m (which changes no value), and refuses another cut into batches or other library versions (which
 change last bits).
+Trap: on some machines the number of threads changes the last bits of a matrix product. torchrun gives each process one
+thread unless OMP_NUM_THREADS says otherwise; keep the number the same if you need the same bytes.
 """
 
 from __future__ import annotations
