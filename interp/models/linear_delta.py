@@ -6,7 +6,7 @@ Per value head, with keys and queries made length 1 (queries also divided by sqr
     S' = e^g S;  S = S' + k beta (v - S'^T k)^T;  readout = S^T q;  mixer_out = norm(readout) * silu(z)
 
 The places are those of transformers' own code (Qwen3NextGatedDeltaNet, 5.23), in a whole forward and in a step of
-decoding alike: results of cat, transpose, sigmoid, add and reshape, counted within the module.
+decoding alike: results of view, cat, transpose, sigmoid and add, counted within the module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from interp.core.sites import Part
-from interp.models.family import Reach, Rule
+from interp.models.family import Reach, Rule, View
 from interp.models.linear_views import CHANNELS_FIRST, piece
 
 GATES = ("batch", "pos", "value_head")
@@ -39,6 +39,33 @@ def _value(mixer: Any) -> int:
     return mixer.head_v_dim
 
 
+def _group_qkvz(mixer: Any) -> list[int]:
+    wide = mixer.num_v_heads // mixer.num_k_heads * mixer.head_v_dim
+    return [mixer.head_k_dim, mixer.head_k_dim, wide, wide]
+
+
+def _group_ba(mixer: Any) -> list[int]:
+    return [mixer.num_v_heads // mixer.num_k_heads] * 2
+
+
+def grouped(sizes: Callable[[Any], list[int]], number: int, n_axes: int) -> View:
+    """One piece of each key head's part (batch, pos, key_head, ...), as (batch, pos, value_head[, d_value]).
+
+    The fused tensor is written, not a copy of the piece: rounding depends on how a tensor lies in memory.
+    """
+
+    def read(mixer: Any, x: Tensor) -> Tensor:
+        found = x.split(sizes(mixer), dim=-1)[number]
+        return found.flatten(2) if n_axes == 2 else found.reshape(*x.shape[:2], mixer.num_v_heads, mixer.head_v_dim)
+
+    def write(mixer: Any, x: Tensor, new: Tensor) -> Tensor:
+        pieces = list(x.split(sizes(mixer), dim=-1))
+        pieces[number] = new.reshape(pieces[number].shape)
+        return torch.cat(pieces, dim=-1)
+
+    return View(read=read, write=write)
+
+
 def delta_parts(path: str) -> dict[Part, Reach]:
     """Sites of a gated DeltaNet at this path."""
 
@@ -54,12 +81,12 @@ def delta_parts(path: str) -> dict[Part, Reach]:
         Part.Q: convolved(0, _key, KEYS),
         Part.K: convolved(1, _key, KEYS),
         Part.V: convolved(2, _value, VALUES),
-        Part.WRITE_GATE_PRE: Reach(path=path, side="op", op="reshape", nth=2, axes=GATES),
+        Part.WRITE_GATE_PRE: Reach(path=path, side="op", op="view", nth=1, view=grouped(_group_ba, 0, 2), axes=GATES),
         Part.WRITE_GATE: Reach(path=path, side="op", op="sigmoid", axes=GATES),
         Part.DECAY_PRE: Reach(path=path, side="op", op="add", axes=GATES),
         Part.LOG_DECAY: Reach(path=path, side="op", op="transpose", nth=6, view=CHANNELS_FIRST, axes=GATES),
         Part.READOUT: of_norm(side="input"),
-        Part.OUTPUT_GATE_PRE: of_norm(side="input", item=1),
+        Part.OUTPUT_GATE_PRE: Reach(path=path, side="op", op="view", view=grouped(_group_qkvz, 3, 3), axes=VALUES),
         Part.OUTPUT_GATE: of_norm(side="op", op="silu"),
         Part.MIXER_OUT: Reach(path=f"{path}.out_proj", side="input"),
     }
@@ -79,9 +106,7 @@ def delta_sizes(path: str) -> dict[str, str]:
 
 def _rows(mixer: Any, name: str) -> list[Tensor]:
     """The fused weight's rows by meaning: for each key head its queries, keys, values and gates (or b and a)."""
-    group = mixer.num_v_heads // mixer.num_k_heads
-    wide = group * mixer.head_v_dim
-    sizes = [mixer.head_k_dim, mixer.head_k_dim, wide, wide] if name == "in_proj_qkvz" else [group, group]
+    sizes = _group_qkvz(mixer) if name == "in_proj_qkvz" else _group_ba(mixer)
     pieces = getattr(mixer, name).weight.unflatten(0, (mixer.num_k_heads, -1)).split(sizes, dim=1)
     return [found.flatten(0, 1) for found in pieces]
 

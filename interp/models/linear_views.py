@@ -65,8 +65,14 @@ def _read_step(module: Any, x: Tensor) -> Tensor:
 
 
 def _write_step(module: Any, x: Tensor, new: Tensor) -> Tensor:
+    new = new.clamp(*module.time_step_limit)  # as the scan of a whole forward does, and decoding does not
+    return _write_step_pre(module, x, new)
+
+
+def _write_step_pre(_module: Any, x: Tensor, new: Tensor) -> Tensor:
     return new if new.shape == x.shape else new.squeeze(1).unsqueeze(-1).expand_as(x)
 
 
 STEP_PER_HEAD = View(read=_read_step, write=_write_step)
 """Mamba-2's step size in a forward of one position."""
+STEP_PRE_PER_HEAD = View(read=_read_step, write=_write_step_pre)

@@ -9,7 +9,7 @@ works with sums of its logarithm, so no tensor holds it; it is edited through `s
 
 Source: Mamba2Mixer of transformers 5.23; Dao and Gu, arXiv 2405.21060. Traps: in a whole forward the scan clamps the
 step size to `config.time_step_limit` after this site, in decoding it does not: with a limit that bites, transformers'
-own cached and uncached outputs differ. A value of a padding position is set to 0 after `mixer_in`, `state_in` and
+own cached and uncached outputs differ (an edit is clamped in both). A value of a padding position is set to 0 after `mixer_in`, `state_in` and
 `state_out` are read. Where the kernels of mamba_ssm are installed the scan is one fused call in which `mixer_in`,
 `state_in`, `state_out`, `step_size_pre` and `step_size` do not fire: load with kernels off.
 """
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from interp.core.sites import Part
 from interp.models.families.mamba import END_WEIGHTS, MIXER, OUT_RULE, convolved, ends
 from interp.models.family import Family, Reach, Rule, Tiny, Weight
-from interp.models.linear_views import STEP_PER_HEAD, STREAM_RULE, piece
+from interp.models.linear_views import STEP_PER_HEAD, STEP_PRE_PER_HEAD, STREAM_RULE, piece
 
 PROJECTED = ("d_inner", "d_conv", "n_state_heads")
 CONVOLVED = (Part.MIXER_IN, Part.STATE_IN, Part.STATE_OUT)
@@ -54,9 +54,9 @@ def step_parts(mixer: str) -> dict[Part, Reach]:
             part: Reach(path=mixer, side="op", op="transpose", nth=1, view=piece(_convolved, i), axes=axes)
             for i, (part, axes) in enumerate(zip(CONVOLVED, (INNER, GROUPS, GROUPS), strict=True))
         },
-        Part.STEP_SIZE_PRE: Reach(path=mixer, side="op", op="add", single=STEP_PER_HEAD, axes=STEP_AXES),
+        Part.STEP_SIZE_PRE: Reach(path=mixer, side="op", op="add", single=STEP_PRE_PER_HEAD, axes=STEP_AXES),
         Part.STEP_SIZE: Reach(path=mixer, side="op", op="softplus", single=STEP_PER_HEAD, axes=STEP_AXES),
-        Part.OUTPUT_GATE_PRE: Reach(path=f"{mixer}.norm", side="input", item=1, axes=INNER),
+        Part.OUTPUT_GATE_PRE: Reach(path=f"{mixer}.in_proj", chunk=(0, PROJECTED), axes=INNER),
         Part.OUTPUT_GATE: Reach(path=f"{mixer}.norm", side="op", op="silu", axes=INNER),
         Part.READOUT: Reach(path=f"{mixer}.norm", side="input", axes=INNER),
         Part.MIXER_OUT: Reach(path=f"{mixer}.out_proj", side="input"),

@@ -107,19 +107,20 @@ MIXERS = {
     **GATED_ATTENTION,
     Part.ATTN_OUT: (Reach(path=ATTN), Reach(path=DELTA)),
 }
+MIXTURE = {**router_parts(MLP), **shared_parts(SHARED, flat=True), **SHARED_WEIGHT}
 
 FAMILY = Family(
     name="qwen3-next",
     model_types=("qwen3_next",),
     blocks="model.layers",
-    parts={**MIXERS, **router_parts(MLP), **shared_parts(SHARED, flat=True), **SHARED_WEIGHT},
+    parts={**MIXERS, **MIXTURE},
     weights={
         **WITHOUT_W_Q,
         **router_weights(MLP),
         **shared_weights(SHARED),
         "W_mixer": Weight(path=f"{DELTA}.out_proj.weight"),
     },
-    optional=frozenset(DENSE),
+    optional=frozenset({*DENSE, *MIXTURE}),
     sizes={**sizes(MLP, shared=SHARED), **delta_sizes(DELTA)},
     rules=(
         *(SUM_RULE, SOFTMAX_RULE, GATE_RULE, *GATED_SHARED_RULES),
