@@ -310,3 +310,16 @@ def test_the_values_waiting_to_be_written_are_our_own(tmp_path):
     model = LoadedModel(nn.Sequential(Reused(), nn.Identity()))
     store = ActivationStore.write(model, Pictures(inputs), "0", tmp_path, StoreConfig(dtype="float32"))
     assert torch.equal(torch.cat(list(store.blocks("0"))), inputs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_values_that_lie_crosswise_in_memory(tmp_path, dtype):
+    class Cross(nn.Module):
+        def forward(self, x):
+            return x.transpose(1, 2)
+
+    model = LoadedModel(nn.Sequential(nn.Identity(), Cross()))
+    inputs = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    store = ActivationStore.write(model, Pictures(inputs), "1", tmp_path, StoreConfig(dtype=dtype))
+    found = torch.cat(list(store.blocks("1")))
+    torch.testing.assert_close(found, inputs[0].T, atol=0.0 if dtype == "float32" else 0.02, rtol=0.0)
