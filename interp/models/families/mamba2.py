@@ -9,9 +9,9 @@ works with sums of its logarithm, so no tensor holds it; it is edited through `s
 
 Source: Mamba2Mixer of transformers 5.23; Dao and Gu, arXiv 2405.21060. Traps: in a whole forward the scan clamps the
 step size to `config.time_step_limit` after this site, in decoding it does not: with a limit that bites, transformers'
-own cached and uncached outputs differ (an edit is clamped in both). A value of a padding position is set to 0 after `mixer_in`, `state_in` and
-`state_out` are read. Where the kernels of mamba_ssm are installed the scan is one fused call in which `mixer_in`,
-`state_in`, `state_out`, `step_size_pre` and `step_size` do not fire: load with kernels off.
+own cached and uncached outputs differ (an edit is clamped in both). A value of a padding position is set to 0 after
+`mixer_in`, `state_in` and `state_out` are read. Where the kernels of mamba_ssm are installed the scan is one fused call
+in which `mixer_in`, `state_in`, `state_out`, `step_size_pre` and `step_size` do not fire: load with kernels off.
 """
 
 from collections.abc import Mapping
