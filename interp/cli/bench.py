@@ -84,7 +84,8 @@ def bench(
         for name in names:
             with steps.step(f"timing {name}"):
                 for group in WORKS[name](given):
-                    timings += _race(name, group, rounds)
+                    with _frozen():
+                        timings += _race(name, group, rounds)
         found = _document(given, model if needed else None, rounds, timings)
     if out is not None:
         temporary = out.with_name(f".{out.name}.{os.getpid()}")
@@ -127,6 +128,17 @@ def _show(timings: list[Timing], notes: Notes) -> None:
         console.table("relative error of bfloat16, over layers", ("part", "median", "largest"), rows)
     for name, reason in notes.left_out.items():
         console.line(f"left out: {name} ({reason})")
+
+
+@contextmanager
+def _frozen() -> Generator[None, None, None]:
+    """What exists already is left out of the collections between turns, which would take longer than short systems."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
