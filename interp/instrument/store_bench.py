@@ -3,8 +3,9 @@
 `write_systems`: 199,936 x 576 float16 rows (230 MB) to the disk, each write followed by fsync. The store also writes
 token columns, checksums and sidecars, and does it in shards of 16,384 rows; the statistics are timed by themselves.
 `read_systems`: 20 batches of 2,048 random rows. The raw row gathers with `torch.index_select` from one mapped file.
-The shape is that of ../PERFORMANCE measurements of other formats: layer 10 of SmolLM2-135M.
-Beware: numbers of a shared disk vary; time the two alternately and compare medians.
+The shape is layer 10 of SmolLM2-135M.
+Beware: numbers of a shared disk vary; time the two alternately and compare medians. The checksum takes a second core
+for about as long as the raw write takes; with every core busy the store is as much slower as that.
 """
 
 from __future__ import annotations
