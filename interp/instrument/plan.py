@@ -68,8 +68,13 @@ def plan_capture(
     sites: Sequence[Site],
     config: StoreConfig,
     folder: Path | None = None,
+    *,
+    n_processes: int = 1,
 ) -> CapturePlan:
-    """Try two batches and add up. `folder` is where the store will lie, `None` if that is not this machine's disk."""
+    """Try two batches and add up. `folder` is where the store will lie, `None` if that is not this machine's disk.
+
+    n_processes: how many share this machine's memory; what the others hold already is no longer available.
+    """
     before = psutil.Process().memory_info().rss
     first = _tried(model, batches.batch(0), sites, config.dtype)
     numbers = {0, batches.n_batches // 2}
@@ -101,7 +106,7 @@ def plan_capture(
         tokens_per_second=tried / seconds,
         refusals=(),
     )
-    return replace(made, refusals=tuple(_refusals(made, shard)))
+    return replace(made, refusals=tuple(_refusals(made, shard, (memory - held) * (n_processes - 1))))
 
 
 def _tried(model: LoadedModel, batch: Batch, sites: Sequence[Site], dtype: str) -> Encoded:
@@ -131,7 +136,7 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def _refusals(plan: CapturePlan, shard: int) -> list[str]:
+def _refusals(plan: CapturePlan, shard: int, others: int) -> list[str]:
     found: list[str] = []
     if plan.disk_free is not None and plan.disk_bytes > SPARE * plan.disk_free:
         fits = int(SPARE * plan.disk_free / plan.disk_bytes * plan.n_tokens)
@@ -140,11 +145,12 @@ def _refusals(plan: CapturePlan, shard: int) -> list[str]:
             f"it needs {size_text(plan.disk_bytes)} of disk and {size_text(plan.disk_free)} are free: "
             f"--tokens {fits}{smaller}, fewer --sites, or --out on another disk"
         )
-    if plan.memory_bytes > SPARE * plan.memory_free:
+    if plan.memory_bytes + others > SPARE * plan.memory_free:
         flag = "--shard-bytes" if 2 * shard > (plan.memory_bytes - 2 * shard) / 2 else "--rows-per-forward"
+        need, free = size_text(plan.memory_bytes + others), size_text(plan.memory_free)
         found.append(
-            f"it needs {size_text(plan.memory_bytes)} of memory and {size_text(plan.memory_free)} are to be had: "
-            f"a lower {flag}, or fewer --sites"
+            f"it needs {need} of memory and {free} are to be had: "
+            f"a lower {flag}, {'fewer processes, ' if others else ''}or fewer --sites"
         )
     return found
 

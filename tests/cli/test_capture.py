@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 
-from interp.cli.capture import split_sites
+from interp.cli.capture import _agreed
+from interp.cli.capture_job import split_sites
+from interp.core.errors import InterpError
 from interp.instrument.store import ActivationStore
 from tests.cli.conftest import Cli
 
@@ -25,7 +28,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a command asked for the network")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)  # gloo's own sockets are not Python's
 
 
 def test_names_are_split_at_commas_outside_braces() -> None:
@@ -162,6 +165,32 @@ def test_a_job_that_will_not_fit_is_refused_unless_forced(
 def test_auditing_nothing_says_so(cli: Cli) -> None:
     said = cli("audit", "nowhere")
     assert said.status == 1 and "missing" in said.out
+
+
+def test_where_the_first_process_refuses_all_end(tmp_path: Path) -> None:
+    """Two forked processes: the first has a reason, the second ends with the same status and without a word."""
+    import torch.distributed as dist
+
+    def refuse() -> None:
+        raise InterpError("no room")
+
+    children: list[int] = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=rank, world_size=2)
+                _agreed(rank, lambda: None)
+                _agreed(rank, refuse)
+            except InterpError:
+                code = 10 + rank
+            except typer.Exit as stop:
+                code = 20 + rank + stop.exit_code
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [10, 23]
 
 
 def _torchrun(folder: Path, n: int) -> dict[str, str]:

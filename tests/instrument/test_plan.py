@@ -83,5 +83,18 @@ def test_too_little_memory_is_refused(model: LoadedModel, monkeypatch: pytest.Mo
     assert "of memory" in reason and "--rows-per-forward" in reason
 
 
+def test_processes_share_the_memory(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, sites = _batches(model, 200), model.resolve("resid_post.*")
+    one = plan_capture(model, batches, sites, StoreConfig())
+    assert not one.refusals
+    growth = one.memory_bytes - planning.psutil.Process().memory_info().rss
+    assert growth > 0
+    free = int(5 * growth / planning.SPARE + one.memory_bytes * (1 / planning.SPARE - 1))
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert not plan_capture(model, batches, sites, StoreConfig(), n_processes=2).refusals
+    (reason,) = plan_capture(model, batches, sites, StoreConfig(), n_processes=20).refusals
+    assert "fewer processes" in reason
+
+
 def test_sizes_are_readable() -> None:
     assert [size_text(n) for n in (12, 1500, 2.5e6, 7.25e9, 3e12)] == ["12 B", "1.5 kB", "2.5 MB", "7.2 GB", "3.0 TB"]
