@@ -48,7 +48,8 @@ END_WEIGHTS = {
 }
 
 
-def _fields(of: Mapping[str, int]) -> dict[str, Any]:
+def mamba_fields(of: Mapping[str, int]) -> dict[str, Any]:
+    """Config fields of a tiny model."""
     return {
         "vocab_size": of["d_vocab"], "hidden_size": of["d_model"], "num_hidden_layers": of["n_layers"],
         "state_size": 4, "expand": 2, "conv_kernel": 4, "time_step_rank": 5, "tie_word_embeddings": False,
@@ -151,5 +152,5 @@ FAMILY = Family(
         "d_state": f"{MIXER}.ssm_state_size",
     },
     rules=RULES,
-    tiny={"mamba": Tiny(config="MambaConfig", model="MambaForCausalLM", fields=_fields)},
+    tiny={"mamba": Tiny(config="MambaConfig", model="MambaForCausalLM", fields=mamba_fields)},
 )
