@@ -1,9 +1,10 @@
 """`interp bench`: how fast the workbench is, as ratios against other ways of doing the same in the same process.
 
 Systems take turns (round-robin), after one warm-up each; the table gives the median, the spread, and the ratio of
-medians to the first row of its group. Peak memory is measured in a turn of its own, and so is the largest difference
-of the logits to those of the first row. Peers that are not installed are left out and named. Absolute times belong to
-this machine and this hour; the ratios are what to compare, and on a busy machine even those move by 10 %.
+medians to the first row of its group, in wall time and in processor time. Peak memory is measured in a turn of its
+own, and so is the largest difference of the logits to those of the first row. Peers that are not installed are left
+out and named. Absolute times belong to this machine and this hour; the ratios are what to compare. On a busy machine
+wall time says little: compare processor time, with `OMP_WAIT_POLICY=PASSIVE`, so that threads do not wait by spinning.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class Timing:
     """Median over the median of the group's first system."""
     ratio_low: float
     """The same of the fastest turns: what is left when the rest of the machine is quiet."""
+    cpu_s: float
+    """Median of the processor time of all threads, which a busy machine moves less than the clock on the wall."""
+    cpu_ratio: float
     peak_bytes: int | None
     """Peak memory above the level before the call."""
     difference: float | None
@@ -55,6 +59,7 @@ class Bench:
 
     model: Any
     bf16: bool = False
+    peers: bool = True
     notes: Notes = field(default_factory=Notes)
 
 
@@ -68,6 +73,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns each system gets.")] = 5,
     threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads; 0 leaves torch's choice.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="capture: also in bfloat16, with its error per part.")] = False,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="capture: beside other libraries.")] = True,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON here as well.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -80,7 +86,7 @@ def bench(
     timings: list[Timing] = []
     with _threads(threads), console.progress() as steps:
         needed = set(names) - set(NEEDS_NO_MODEL)
-        given = Bench(model=options.open_model(model, check=False) if needed else None, bf16=bf16)
+        given = Bench(model=options.open_model(model, check=False) if needed else None, bf16=bf16, peers=peers)
         for name in names:
             with steps.step(f"timing {name}"):
                 for group in WORKS[name](given):
@@ -112,12 +118,12 @@ def _document(given: Bench, model: str | None, rounds: int, timings: list[Timing
 
 
 def _show(timings: list[Timing], notes: Notes) -> None:
-    columns = ("system", "median s", "spread s", "ratio", "of the fastest", "peak MB", "logits differ by")
+    columns = ("system", "median s", "spread s", "ratio", "of the fastest", "cpu", "peak MB", "logits differ by")
     for work, case in dict.fromkeys((t.work, t.case) for t in timings):
         rows = [
             (
                 t.system, f"{t.median_s:.3f}", f"{t.low_s:.3f} to {t.high_s:.3f}", f"{t.ratio:.2f}",
-                f"{t.ratio_low:.2f}", "" if t.peak_bytes is None else f"{t.peak_bytes / 1e6:.0f}",
+                f"{t.ratio_low:.2f}", f"{t.cpu_ratio:.2f}", "" if t.peak_bytes is None else f"{t.peak_bytes / 1e6:.0f}",
                 "" if t.difference is None else f"{t.difference:.2g}",
             )
             for t in timings if (t.work, t.case) == (work, case)
@@ -155,15 +161,17 @@ def _threads(n: int) -> Generator[None, None, None]:
 
 def _race(work: str, group: Group, rounds: int) -> list[Timing]:
     seconds: dict[str, list[float]] = {name: [] for name in group.systems}
+    cpu: dict[str, list[float]] = {name: [] for name in group.systems}
     for number in range(rounds + 1):
         for name, run in group.systems.items():
             gc.collect()
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             result = run()
             if number:
+                cpu[name].append(time.process_time() - busy)
                 seconds[name].append(time.perf_counter() - began)
             del result  # before the next begins: its memory is nobody's help or burden
-    first = next(iter(seconds.values()))
+    first, first_cpu = next(iter(seconds.values())), statistics.median(next(iter(cpu.values())))
     reference: Any = None
     timings: list[Timing] = []
     for name, times in seconds.items():
@@ -179,6 +187,8 @@ def _race(work: str, group: Group, rounds: int) -> list[Timing]:
                 high_s=max(times),
                 ratio=statistics.median(times) / statistics.median(first),
                 ratio_low=min(times) / min(first),
+                cpu_s=statistics.median(cpu[name]),
+                cpu_ratio=statistics.median(cpu[name]) / max(first_cpu, 1e-9),
                 peak_bytes=peak,
                 difference=_difference(reference, result),
             )
@@ -197,7 +207,7 @@ def _difference(reference: Any, result: Any) -> float | None:
 
 
 def _capture(bench: Bench) -> Iterator[Group]:
-    return capture_groups(bench.model, bench.notes, bf16=bench.bf16)
+    return capture_groups(bench.model, bench.notes, bf16=bench.bf16, with_peers=bench.peers)
 
 
 def _store(_bench: Bench) -> Iterator[Group]:

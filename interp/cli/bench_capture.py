@@ -33,11 +33,12 @@ class Notes:
     bf16_error: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
 
-def capture_groups(model: Any, notes: Notes, *, bf16: bool) -> Iterator[Group]:
+def capture_groups(model: Any, notes: Notes, *, bf16: bool, with_peers: bool = True) -> Iterator[Group]:
     """The groups, one after another."""
     from interp.cli.bench_peers import peers
 
-    others, notes.left_out = peers(model)
+    others, left_out = peers(model) if with_peers else ({}, {})
+    notes.left_out.update(left_out)
     ids, short = _ids(model, BATCH), _ids(model, PROMPT)
     buffers = _buffers()
     third = model.n_layers // 3

@@ -35,6 +35,7 @@ def test_systems_take_turns_and_are_compared_with_the_first() -> None:
         a, b, none = bench._race("w", group, rounds=3)  # pyright: ignore[reportPrivateUsage]
     assert "".join(turns) == "abn" * 4 + "abn"  # a warm-up, three turns, and one for memory
     assert (a.ratio, a.ratio_low, a.difference, b.difference, none.difference) == (1.0, 1.0, 0.0, 0.25, None)
+    assert a.cpu_ratio == 1.0 and b.cpu_s >= 0
     assert b.low_s <= b.median_s <= b.high_s and b.ratio == b.median_s / a.median_s
 
 
