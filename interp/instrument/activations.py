@@ -28,13 +28,13 @@ class CaptureBuffers:
     def __init__(self) -> None:
         self.turn = 0
         """Number of the capture that filled them last."""
-        self._held: dict[tuple[Site, int], Tensor] = {}
+        self._held: dict[tuple[tuple[Site, str], int], Tensor] = {}
 
-    def fill(self, site: Site, number: int, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """The buffer of the site's firing number, with this value in it."""
-        held = self._held.get((site, number))
+    def fill(self, name: tuple[Site, str], number: int, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """The buffer of this name and firing, with this value in it."""
+        held = self._held.get((name, number))
         if held is None or held.shape != value.shape or held.dtype != dtype or held.device != value.device:
-            held = self._held[site, number] = torch.empty(value.shape, dtype=dtype, device=value.device)
+            held = self._held[name, number] = torch.empty(value.shape, dtype=dtype, device=value.device)
         return held.copy_(value.detach())
 
     @property

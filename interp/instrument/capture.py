@@ -17,12 +17,11 @@ and mask, where these take less memory. Half precision overflows: there, values 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from torch import Tensor
 from interp.core.errors import InterpError, NeverFiredError
 from interp.core.sites import Part, Site
 from interp.instrument.activations import Activations, CaptureBuffers, CaptureReceipt, Record
+from interp.instrument.finite import Extremes, Finite, NonFiniteWarning
 from interp.instrument.guards import check_instrumentable, frozen, in_backward
 from interp.instrument.select import (
     At,
@@ -41,16 +41,10 @@ from interp.instrument.select import (
     position_axis,
     selected,
 )
-from interp.models.attention import Later
+from interp.models.attention import AttentionCall, Later
 from interp.models.model import LoadedModel
 
 __all__ = ["Activations", "CaptureBuffers", "CaptureReceipt", "Finite", "NonFiniteWarning", "Record", "capture"]
-
-Finite = Literal["warn", "raise", "off"]
-
-
-class NonFiniteWarning(UserWarning):
-    """A captured value is NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +76,9 @@ class _Capture:
         """Number of the last forward in which each site fired."""
         self.reached: dict[tuple[Site, int], int] = {}
         """First position of each generation that has not been computed yet; without a cache positions come again."""
-        self.ends: list[tuple[Site, Tensor]] = []
-        """Smallest and largest value of each firing, NaN if there is one; read at the end, so that a GPU runs on."""
+        self.finite = Extremes(options.finite)
+        self.attended: tuple[AttentionCall | None, Any] = (None, None)
+        """The attention call that was last copied into buffers, and the copy."""
 
     def reader(self, site: Site, value: Tensor, raw: Tensor) -> None:
         if in_backward():
@@ -96,8 +91,7 @@ class _Capture:
             raise InterpError(f"{site} is {tuple(value.shape)} here, without a position axis; drop positions")
         if options.grad and generating:
             raise InterpError("generation runs without gradients; capture(grad=True) takes model(tokens)")
-        if options.finite != "off" and value.is_floating_point() and value.numel():
-            self.ends.append((site, torch.stack(value.detach().aminmax())))
+        self.finite.look(str(site), value)
         if options.grad:
             where = torch.arange(value.shape[axis] if axis is not None else 0)
             self._keep(site, Record(value, raw, where))
@@ -122,18 +116,35 @@ class _Capture:
             value = later.value()
             self.reader(site, value, value)
             return
-        held.update(unseen)
         self.last_forward[site] = self.model.hub.n_forward
-        versions = tuple((t, t._version) for t in later.needs)
+        copied = self.options.buffers is not None
+        if copied:
+            later = replace(later, call=self._buffered(site, later.call))
+        held.update({} if copied else unseen)
+        versions = tuple((t, t._version) for t in later.needs if not copied or t is later.call.mask)
         self._keep(site, Record(later, None, columns(call, later.shape[2]), versions))
+
+    def _buffered(self, site: Site, call: AttentionCall) -> AttentionCall:
+        """The call with query and key in buffers; scores and pattern of one call share them."""
+        buffers, (seen, copied) = self.options.buffers, self.attended
+        if buffers is None or seen is call:
+            return copied
+        number = len(self.acts.records.get(site, ()))
+        names = [Site(part, site.layer, path=site.path) for part in (Part.Q, Part.K)]
+        query, key = (
+            buffers.fill((name, "attention"), number, value, value.dtype)
+            for name, value in zip(names, (call.query, call.key), strict=True)
+        )
+        self.attended = call, replace(call, query=query, key=key)
+        return self.attended[1]
 
     def _whole(self, site: Site, value: Tensor, where: Tensor) -> Record:
         """By reference where the value keeps nothing larger alive and nothing is in place; else a copy."""
         options = self.options
         dtype, device = options.dtype or value.dtype, torch.device(options.device or value.device)
-        if options.buffers is not None and device == value.device:
+        if options.buffers is not None and device == value.device and site.part is not Part.LOGITS:
             number = len(self.acts.records.get(site, ()))
-            return Record(options.buffers.fill(site, number, value, dtype), None, where)
+            return Record(options.buffers.fill((site, ""), number, value, dtype), None, where)
         moved = value.to(dtype=dtype, device=device)
         if moved is not value:
             return Record(moved.detach(), None, where)
@@ -199,26 +210,8 @@ class _Capture:
             n_tokens=max((len(r.where) * r.shape[0] for r in every if r.shape), default=0),
             n_bytes=sum(record.n_bytes for record in every),
             seconds=seconds,
-            nonfinite=self._nonfinite(),
+            nonfinite=self.finite.report(),
         )
-
-    def _nonfinite(self) -> dict[str, int] | None:
-        """Sites with values that are not finite; says so, or refuses, as `finite` asks."""
-        if self.options.finite == "off":
-            return None
-        found: dict[str, int] = {}
-        for site, ends in self.ends:
-            if not bool(torch.isfinite(ends).all()):
-                found[str(site)] = found.get(str(site), 0) + 1
-        if found:
-            text = (
-                f"{next(iter(found))} is the first of {len(found)} sites with NaN or infinity ({self.model.dtype}); "
-                "look at the input and the weights before it, or load the model in float32"
-            )
-            if self.options.finite == "raise":
-                raise InterpError(text)
-            warnings.warn(text, NonFiniteWarning, stacklevel=4)
-        return found
 
 
 def _axis(site: Site, value: Tensor) -> int | None:
@@ -279,7 +272,7 @@ def capture(
     chosen = chosen_heads(model, found, heads)
     plain = positions is None and dtype is None and device is None and scope == "all" and not snapshot and not grad
     looked = finite or ("warn" if model.dtype in (torch.float16, torch.bfloat16) else "off")
-    lazy = plain and looked == "off" and buffers is None
+    lazy = plain and looked == "off"
     options = _Options(
         at=positions, heads=chosen, grad=grad, dtype=dtype, device=device, scope=scope, snapshot=snapshot,
         finite=looked, buffers=buffers,

@@ -181,15 +181,16 @@ def test_buffers_are_filled_again_and_old_captures_say_so() -> None:
         wanted.append(acts)
     with capture(model, sites, buffers=buffers) as first:
         model(tokens(model, seed=0))
-    places = [value.data_ptr() for _, value in first.items()]
+    placed = [site for site in map(str, first.sites) if site != "pattern.0"]  # that one is computed when read
+    places = [first[site].data_ptr() for site in placed]
     assert all(torch.equal(value, wanted[0][site]) for site, value in first.items())
     with capture(model, sites, buffers=buffers) as second:
         model(tokens(model, seed=1))
-    assert [value.data_ptr() for _, value in second.items()] == places
+    assert [second[site].data_ptr() for site in placed] == places
     assert all(torch.equal(value, wanted[1][site]) for site, value in second.items())
     with pytest.raises(InterpError, match="filled again"):
         first["resid_post.0"]
-    assert buffers.n_bytes == second.receipt.n_bytes  # pyright: ignore
+    assert buffers.n_bytes < second.receipt.n_bytes  # pyright: ignore  (query and key stand for the pattern)
     with capture(model, sites, buffers=buffers, dtype=torch.bfloat16) as half:
         model(tokens(model, (1, 3)))
     assert half["neurons.1"].dtype == torch.bfloat16 and half["neurons.1"].shape[:2] == (1, 3)
