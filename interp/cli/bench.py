@@ -85,22 +85,27 @@ def bench(
         raise ArtefactError(f"{out} is no file that can be written; name a file in a folder that exists")
     timings: list[Timing] = []
     with _threads(threads), console.progress() as steps:
-        needed = set(names) - set(NEEDS_NO_MODEL)
+        needed = bool(set(names) - set(NEEDS_NO_MODEL))
         given = Bench(model=options.open_model(model, check=False) if needed else None, bf16=bf16, peers=peers)
+        found = _document(given, model if needed else None, rounds, timings)
         for name in names:
             with steps.step(f"timing {name}"):
                 for group in WORKS[name](given):
                     with _frozen():
                         timings += _race(name, group, rounds)
-        found = _document(given, model if needed else None, rounds, timings)
-    if out is not None:
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
-        temporary.replace(out)
+                    found = _document(given, model if needed else None, rounds, timings)
+                    if out is not None:  # after every group, for who must stop it early
+                        _write(out, found)
     if as_json:
         console.emit_json(found)
     else:
         _show(timings, given.notes)
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(found, indent=2) + "\n")
+    temporary.replace(out)
 
 
 def _document(given: Bench, model: str | None, rounds: int, timings: list[Timing]) -> dict[str, Any]:
