@@ -120,7 +120,9 @@ class _Capture:
         copied = self.options.buffers is not None
         if copied:
             later = replace(later, call=self._buffered(site, later.call))
-        held.update({} if copied else unseen)
+        else:  # the values of the attention are not needed
+            later = replace(later, call=replace(later.call, value=later.call.key))
+            held.update(unseen)
         versions = tuple((t, t._version) for t in later.needs if not copied or t is later.call.mask)
         self._keep(site, Record(later, None, columns(call, later.shape[2]), versions))
 
@@ -129,13 +131,10 @@ class _Capture:
         buffers, (seen, copied) = self.options.buffers, self.attended
         if buffers is None or seen is call:
             return copied
-        number = len(self.acts.records.get(site, ()))
-        names = [Site(part, site.layer, path=site.path) for part in (Part.Q, Part.K)]
-        query, key = (
-            buffers.fill((name, "attention"), number, value, value.dtype)
-            for name, value in zip(names, (call.query, call.key), strict=True)
-        )
-        self.attended = call, replace(call, query=query, key=key)
+        number, of = len(self.acts.records.get(site, ())), replace(site, part=Part.Z)
+        query = buffers.fill((of, "query"), number, call.query, call.query.dtype)
+        key = buffers.fill((of, "key"), number, call.key, call.key.dtype)
+        self.attended = call, replace(call, query=query, key=key, value=key)
         return self.attended[1]
 
     def _whole(self, site: Site, value: Tensor, where: Tensor) -> Record:
