@@ -23,16 +23,26 @@ PANEL = "Capture at scale"
 COLLECTIVE_HOURS = 24
 """How long a process may wait for the others: shards are written without any exchange."""
 
+CORPORA = """
+
+\b
+Corpora (--corpus NAME):
+  docs, docs:TOPIC                 Python's reference, on every machine
+  docstrings:PACKAGE               of an installed package, read, not run
+  file:PATH                        a text file, one document
+  folder:PATH?glob=*.txt           text files below a folder
+  jsonl:PATH?field=text            JSON lines, also .gz
+  parquet:PATH?column=text         a file, or a folder of files
+  dataset:PATH_OR_NAME?column=text of `datasets`, on disk or streamed;
+                                   also split=NAME and shuffle=SEED
+  sampled?seed=0&temperature=0.8   text drawn from the model itself
+  images:FOLDER?size=224           also mean=0.5 and std=0.5
+  array:PATH.npy                   items on the first axis; .npz?name=x
+From folder to dataset also skip=N and take=N; options are joined by &.
+"""
+
 Sites = Annotated[str, typer.Option("--sites", help="Comma-separated, e.g. 'resid_post.10,gate.{3,5}'.")]
-Corpus = Annotated[
-    str,
-    typer.Option(
-        "--corpus",
-        help="docs, docs:TOPIC, docstrings:PACKAGE, file:PATH, jsonl:PATH?field=text, parquet:PATH?column=text, "
-        "dataset:PATH_OR_NAME?column=text, folder:PATH?glob=*.txt, sampled?seed=0&temperature=0.8, "
-        "images:FOLDER?size=224, array:PATH.npy",
-    ),
-]
+Corpus = Annotated[str, typer.Option("--corpus", help="Where the input comes from: see the list above.")]
 Length = Annotated[int, typer.Option("--length", min=1, help="Tokens per sequence.")]
 Pack = Annotated[
     bool | None,
@@ -47,9 +57,9 @@ OutStores = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Folder 
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel=PANEL)(capture)
+    app.command(rich_help_panel=PANEL, help=f"{capture.__doc__}{CORPORA}", short_help=capture.__doc__)(capture)
     plan = typer.Typer(help="What a long job will need, before it starts.", no_args_is_help=True)
-    plan.command("capture")(plan_command)
+    plan.command("capture", help=f"{plan_command.__doc__}{CORPORA}", short_help=plan_command.__doc__)(plan_command)
     app.add_typer(plan, name="plan", rich_help_panel=PANEL)
     app.command(rich_help_panel=PANEL)(audit)
 

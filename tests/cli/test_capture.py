@@ -18,6 +18,8 @@ from interp.cli.capture import _agreed
 from interp.cli.capture_job import split_sites
 from interp.core.errors import InterpError
 from interp.instrument.store import ActivationStore
+from interp.tasks.corpora import KINDS
+from interp.tasks.corpora_inputs import INPUT_KINDS
 from tests.cli.conftest import Cli
 
 TINY = ("--model", "tiny-llama", "--corpus", "docs:assignment", "--length", "64", "--pack")
@@ -140,6 +142,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(cli: Cli, work: Path, flag
     (work / "a_file").write_text("here")
     assert says in cli("capture", *TINY, "--tokens", "128", *flags).reason
     assert [path.name for path in work.iterdir()] == ["a_file"]
+
+
+@pytest.mark.parametrize("words", [("capture",), ("plan", "capture")])
+def test_the_help_names_every_corpus_whole(cli: Cli, words: tuple[str, ...]) -> None:
+    said = cli(*words, "--help").out
+    for kind in (*KINDS, *INPUT_KINDS, "sampled?seed=0"):
+        assert kind in said
 
 
 def test_packing_or_padding_is_chosen(cli: Cli, work: Path) -> None:
