@@ -1,14 +1,14 @@
 """Gated linear attention (flash-linear-attention): S = diag(e^g) S + k v^T, g = log sigmoid(decay_pre) / 16.
 
-Sites: `q`, `k`, `v`, `decay_pre` (gk_proj), `log_decay` g (before `clamp_min`), `output_gate_pre` (g_proj; its swish
-and the product are inside a fused norm), `mixer_out`. Written from the source of version 0.6.0 (fla/layers/gla.py) and
-never run: see `interp.models.linear_fla`. With `num_kv_heads` below `num_heads` decays are repeated, and `log_decay`
-has more channels than `decay_pre`. Source: Yang et al., arXiv 2312.06635.
+Sites: `q`, `k`, `v`, `decay_pre` (gk_proj), `log_decay` g (before `clamp_min`), `readout`, `output_gate_pre` (g_proj),
+`output_gate`, `mixer_out`. Written from the source of version 0.6.0 (fla/layers/gla.py) and never run with its kernels:
+see `interp.models.linear_fla`. With `num_kv_heads` below `num_heads` decays are repeated, and `log_decay` has more
+channels than `decay_pre`. Source: Yang et al., arXiv 2312.06635.
 """
 
 from interp.core.sites import Part
 from interp.models.family import Family, Reach, Rule
-from interp.models.linear_fla import ATTN, FLA_WEIGHTS, OUT, STREAM, fla_parts, log_gate
+from interp.models.linear_fla import ATTN, FLA_WEIGHTS, MLP_OUT, OPTIONAL, OUT, STREAM, fla_parts, gated_out, log_gate
 
 FAMILY = Family(
     name="fla-gla",
@@ -18,14 +18,14 @@ FAMILY = Family(
         **fla_parts(),
         Part.DECAY_PRE: Reach(path=f"{ATTN}.gk_proj"),
         Part.LOG_DECAY: Reach(path=ATTN, side="op", op="div", needs=f"{ATTN}.gk_proj"),
-        Part.OUTPUT_GATE_PRE: Reach(path=f"{ATTN}.g_proj", axes=("batch", "pos", "d_inner")),
-        Part.MIXER_OUT: Reach(path=f"{ATTN}.o_proj", side="input"),
+        **gated_out("g_norm_swish_gate"),
     },
     weights=FLA_WEIGHTS,
-    optional=frozenset({Part.OUTPUT_GATE_PRE}),
+    optional=OPTIONAL,
     rules=(
         STREAM,
         OUT,
+        MLP_OUT,
         Rule(
             text="log sigmoid(decay_pre) / n == log_decay",
             result=Part.LOG_DECAY,

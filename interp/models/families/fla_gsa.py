@@ -4,14 +4,15 @@
 
 Sites: `q`, `k`, `v`, `decay_pre` (f_proj), `log_decay` f, whose edit changes s as well, `write_gate` s, whose edit does
 not change f. o_proj and its norm are fused, so there is no `mixer_out`. Written from the source of version 0.6.0
-(fla/layers/gsa.py) and never run: see `interp.models.linear_fla`. Source: Zhang et al., arXiv 2409.07146.
+(fla/layers/gsa.py) and never run with its kernels: see `interp.models.linear_fla`. Source: Zhang et al., arXiv
+2409.07146.
 """
 
 import torch
 
 from interp.core.sites import Part
 from interp.models.family import Family, Reach, Rule
-from interp.models.linear_fla import ATTN, FLA_WEIGHTS, STREAM, fla_parts, log_gate
+from interp.models.linear_fla import ATTN, FLA_WEIGHTS, MLP_OUT, OPTIONAL, STREAM, fla_parts, log_gate
 
 GATE = f"{ATTN}.f_proj"
 
@@ -26,8 +27,10 @@ FAMILY = Family(
         Part.WRITE_GATE: Reach(path=ATTN, side="op", op="__rsub__", needs=GATE),
     },
     weights=FLA_WEIGHTS,
+    optional=OPTIONAL,
     rules=(
         STREAM,
+        MLP_OUT,
         Rule(
             text="log sigmoid(decay_pre) / n == log_decay",
             result=Part.LOG_DECAY,
