@@ -15,11 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from interp.core.errors import InterpError
+from interp.core.sites import Part
 from interp.instrument.capture import capture
 from interp.instrument.edits import Edit, add, edited, set_to, zero
 from interp.instrument.tokens import from_rows
+from interp.models.family import ModuleCall
+from interp.models.linear_fla import gated_norm, swiglu
 from interp.models.model import LoadedModel
 from interp.models.probe import probe_tokens
+from interp.models.replays import untouched
 from interp.models.tiny import tiny_model
 
 RECURRENT = ("mamba", "mamba2", "recurrent-gemma", "qwen3-next", "rwkv", "xlstm")
@@ -267,3 +271,21 @@ def test_a_fused_kernel_in_the_scan_s_place_is_an_error(monkeypatch: pytest.Monk
     assert seen(model, "output_gate_pre.0")[0].shape[-1] == 64
     with pytest.raises(InterpError, match=r"step_size\.0"):
         seen(model, "step_size.0")
+
+
+@pytest.mark.parametrize("activation", ["swish", "sigmoid"])
+def test_the_fused_calls_of_flash_linear_attention_computed_again(activation: str) -> None:
+    """Its gated norm and its MLP's product take their weights as arguments; a tap sees the gates between."""
+    x, g, weight = torch.randn(3, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    norm: Any = torch.nn.RMSNorm(8, eps=1e-5)
+    norm.activation = activation
+    call = ModuleCall(module=norm, args=(x,), kwargs={"g": g}, output=None)
+    expected = F.rms_norm(x, (8,), eps=1e-5) * g.sigmoid() * (g if activation == "swish" else 1)
+    assert torch.allclose(gated_norm(call, untouched), expected, atol=1e-6)
+    doubled = gated_norm(call, lambda part, value, **_: value * (2 if part is Part.OUTPUT_GATE else 1))
+    assert torch.allclose(doubled, 2 * expected, atol=1e-6)
+    call = ModuleCall(module=norm, args=(x, g, weight[0], None), kwargs={}, output=None)
+    expected = (x * x.sigmoid() * g) @ weight[0].T
+    assert torch.allclose(swiglu(call, untouched), expected, atol=1e-6)
+    doubled = swiglu(call, lambda part, value, **_: value * {Part.GATE: 2, Part.NEURONS: 3}[part])
+    assert torch.allclose(doubled, 6 * expected, atol=1e-5)
