@@ -120,6 +120,7 @@ def _gate(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: floa
 
 def _product(model: LoadedModel, name: str, layer: int | None, x: Tensor) -> Tensor:
     weight, bias = model.weight(name, layer).detach(), model.table.bias(name, layer)
+    x = x.to(weight.dtype)  # a stream kept in float32 is rounded where a half-precision weight reads it
     left = x.flatten(-2) @ weight.flatten(0, 1) if weight.ndim == 3 else x @ weight
     return left if bias is None else left + bias.detach()
 

@@ -109,6 +109,12 @@ def test_other_configurations_pass_the_probe(name: str, overrides: dict[str, obj
     assert check_capture(tiny_model(name, overrides=overrides)).passed > 40
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "recurrent-gemma", "rwkv"])
+def test_half_precision_passes_the_probe(name: str) -> None:
+    """Mamba's stream stays float32 beside half-precision weights."""
+    assert check_capture(tiny_model(name, n_layers=2, dtype=torch.bfloat16)).passed > 20
+
+
 def test_layers_without_a_part_say_which_have_it() -> None:
     model = tiny_model("qwen3-next")
     with pytest.raises(InterpError, match="attn_gate"):

@@ -11,8 +11,9 @@ backend uses them in logarithms, so no tensor holds them. `q`, `k`, `v`, `hidden
 Source: transformers 5.23 (its own code, for where the package xlstm is not installed); Beck et al., arXiv 2405.04517.
 Traps: the cache has room for key and value widths rounded up to 64, so a model whose widths (qk_dim_factor and
 v_dim_factor times hidden_size) are no multiples of 64 cannot decode with one. Texts longer than
-`max_inference_chunksize` run piece by piece, and every site fires for each piece. There is no mask: padding on the
-left is refused.
+`max_inference_chunksize` run piece by piece, and every site fires for each piece. A model cast to half precision does
+not run in this code (its gates are float32, its values are not), nor can `weight_mode="fused"` be built from a config.
+There is no mask: padding on the left is refused.
 """
 
 from collections.abc import Mapping
