@@ -77,6 +77,14 @@ class Record:
         return self.kept
 
 
+def joined(records: list[Record], axis: int) -> Record:
+    """Positions of several calls after another; patterns are padded with zeros to the longest key axis."""
+    values = [record.value for record in records]
+    n_last = max(value.shape[-1] for value in values)
+    padded = [torch.nn.functional.pad(value, (0, n_last - value.shape[-1])) for value in values]
+    return Record(torch.cat(padded, dim=axis), None, torch.cat([record.where for record in records]))
+
+
 @dataclass(frozen=True)
 class CaptureReceipt:
     """What a capture saw."""

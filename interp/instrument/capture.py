@@ -28,7 +28,7 @@ from torch import Tensor
 
 from interp.core.errors import InterpError, NeverFiredError
 from interp.core.sites import Part, Site
-from interp.instrument.activations import Activations, CaptureBuffers, CaptureReceipt, Record
+from interp.instrument.activations import Activations, CaptureBuffers, CaptureReceipt, Record, joined
 from interp.instrument.finite import Extremes, Finite, NonFiniteWarning
 from interp.instrument.guards import check_instrumentable, frozen, in_backward
 from interp.instrument.select import (
@@ -74,6 +74,8 @@ class _Capture:
         """What each generation brought, call by call."""
         self.last_forward: dict[Site, int] = {}
         """Number of the last forward in which each site fired."""
+        self.now, self.left = -1, 0
+        """Number of the last forward in which any did, and how many have not yet."""
         self.reached: dict[tuple[Site, int], int] = {}
         """First position of each generation that has not been computed yet; without a cache positions come again."""
         self.finite = Extremes(options.finite)
@@ -85,7 +87,7 @@ class _Capture:
             return  # gradient checkpointing computes it a second time
         options, call = self.options, self.model.hub.call
         axis = _axis(site, value)
-        self.last_forward[site] = self.model.hub.n_forward
+        self._fired(site)
         generating = call is not None and call.prompt is not None
         if options.at is not None and axis is None:
             raise InterpError(f"{site} is {tuple(value.shape)} here, without a position axis; drop positions")
@@ -116,7 +118,7 @@ class _Capture:
             value = later.value()
             self.reader(site, value, value)
             return
-        self.last_forward[site] = self.model.hub.n_forward
+        self._fired(site)
         copied = self.options.buffers is not None
         if copied:
             later = replace(later, call=self._buffered(site, later.call))
@@ -182,17 +184,23 @@ class _Capture:
             return
         self.acts.records.setdefault(site, []).append(record)
 
+    def _fired(self, site: Site) -> None:
+        now = self.model.hub.n_forward
+        if self.now != now:
+            self.now, self.left = now, len(self.acts.sites)
+        self.left -= self.last_forward.get(site) != now
+        self.last_forward[site] = now
+
     def waits(self) -> bool:
         """Whether some site has not fired in this forward, or the capture wants all of it."""
-        now = self.model.hub.n_forward
-        return not self.options.stop or any(self.last_forward.get(site) != now for site in self.acts.sites)
+        return not self.options.stop or self.now != self.model.hub.n_forward or self.left > 0
 
     def finish(self, seconds: float) -> None:
         """Join what a generation brought, check that nothing was overwritten and nothing is missing."""
         fired = self.acts.records
         for (site, _), records in self.generated.items():
             axis = _axis(site, records[0].value)
-            fired[site] = [*fired.get(site, []), _join(records, axis if axis is not None else 1)]
+            fired[site] = [*fired.get(site, []), joined(records, axis if axis is not None else 1)]
         missing = [site for site in self.acts.sites if not fired.get(site)]
         if missing:
             raise NeverFiredError(
@@ -216,14 +224,6 @@ class _Capture:
 def _axis(site: Site, value: Tensor) -> int | None:
     """The position axis; a module path is taken to have one if its value looks like (batch, pos, width)."""
     return (1 if value.ndim == 3 else None) if site.part is Part.MODULE else position_axis(site)
-
-
-def _join(records: list[Record], axis: int) -> Record:
-    """Positions of several calls after another; patterns are padded with zeros to the longest key axis."""
-    values = [record.value for record in records]
-    n_last = max(value.shape[-1] for value in values)
-    padded = [torch.nn.functional.pad(value, (0, n_last - value.shape[-1])) for value in values]
-    return Record(torch.cat(padded, dim=axis), None, torch.cat([record.where for record in records]))
 
 
 RECOMPUTED = (Part.ATTN_SCORES, Part.PATTERN)
