@@ -91,8 +91,8 @@ def test_verify_says_no(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """One identity that does not hold: exit status 1, and it is named."""
     whole = probe.verify
 
-    def failing(model: Any) -> Any:
-        report = whole(model)
+    def failing(model: Any, **more: Any) -> Any:
+        report = whole(model, **more)
         broken = dataclasses.replace(report.checks[3], passed=False, value=1.0)
         return dataclasses.replace(report, checks=(*report.checks[:3], broken, *report.checks[4:]))
 

@@ -1,4 +1,7 @@
-"""Every kind of block in a network of its own: the probe, capture, edits and gradients; then what each gate means."""
+"""Every kind of block in a network of its own: its sites and what each gate means.
+
+`test_families` runs capture, edits and gradients on the same networks.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from tests.models import conformance, networks
 from tests.models.networks import around, filled, noise
 
 IMAGE, TOKENS = (2, 3, 6, 6), (2, 5, 4)
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "SEModule": (lambda: around(networks.SEModule(8), "image", 8), IMAGE, {"se_gate_pre", "se_gate"}),
     "SqueezeExcite": (lambda: around(networks.SqueezeExcite(8), "image", 8), IMAGE, {"se_gate_pre", "se_gate"}),
     "SpatialGatingUnit": (lambda: around(networks.SpatialGatingUnit(), "tokens", 12, 6), TOKENS, {"spatial_gate"}),
@@ -64,29 +67,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] =
 
 
 def opened(name: str, dtype: torch.dtype = torch.float32) -> tuple[LoadedModel, Tensor]:
-    make, shape, _ = NETWORKS[name]
+    make, shape, _ = CASES[name]
     return LoadedModel(filled(make(), dtype=dtype)), noise(*shape, dtype=dtype)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CASES)
 def test_sites_of_a_block(name: str) -> None:
     model, _ = opened(name)
-    assert {str(site).removeprefix("block:") for site in model.table.block_sites} == NETWORKS[name][2]
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_capture(name: str) -> None:
-    conformance.check_capture(*opened(name))
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_edit(name: str) -> None:
-    conformance.check_edit(*opened(name))
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_gradient(name: str) -> None:
-    conformance.check_gradient(*opened(name, torch.float64))
+    assert {str(site).removeprefix("block:") for site in model.table.block_sites} == CASES[name][2]
 
 
 @pytest.mark.parametrize(

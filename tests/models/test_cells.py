@@ -20,7 +20,6 @@ from interp.models.family import ModuleCall
 from interp.models.model import LoadedModel
 from interp.models.probe import verify
 from interp.models.replays import untouched
-from tests.models import conformance
 from tests.models.networks import noise
 
 D_IN, D_HIDDEN, STEPS, ROWS = 5, 6, 7, 3
@@ -430,13 +429,10 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("what", ["capture", "edit", "gradient"])
-@pytest.mark.parametrize("name", CASES)
-def test_conformance(name: str, what: str) -> None:
+def opened(name: str, dtype: torch.dtype = torch.float32) -> tuple[LoadedModel, Tensor]:
+    """A network around the cell and its input; `test_families` captures, edits and differentiates these."""
     kind, options, shape = CASES[name]
-    dtype = torch.float64 if what == "gradient" else torch.float32
-    getattr(conformance, f"check_{what}")(model_of(kind, dtype=dtype, **options), noise(*shape, dtype=dtype))
+    return model_of(kind, dtype=dtype, **options), noise(*shape, dtype=dtype)
 
 
 def test_a_recurrent_module_by_itself_and_its_names() -> None:
