@@ -207,7 +207,8 @@ def test_steer_extract_writes_one_file_with_its_origin(tmp_path: Path, capsys: p
     said = json.loads(capsys.readouterr().out)
     assert out.is_file()
     assert said["site"] == "resid_post.1"
-    assert "layers with resid_post: 0-2" in refused(capsys, "steer", "extract", *MODEL, "--layer", "9", "--out", str(out))
+    reason = refused(capsys, "steer", "extract", *MODEL, "--layer", "9", "--out", str(out))
+    assert "layers with resid_post: 0-2" in reason
 
 
 def test_sae_train_saves_a_dictionary_that_others_read(tmp_path: Path) -> None:
