@@ -8,6 +8,7 @@ no squeeze-and-excitation. (Tan and Le 2019, arxiv.org/abs/1905.11946)
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle  # noqa: TID251 - for the name of the error that the restricted reader raises
 import uuid
@@ -40,11 +41,11 @@ def open_efficientnet(*, device: Any = "cpu", dtype: torch.dtype = torch.float32
     state = _weights(BUNDLED[NAME].paths()[0])
     known = hash_tensors(state)
     try:
-        from efficientnet_lite_pytorch import EfficientNet
+        code: Any = importlib.import_module("efficientnet_lite_pytorch")  # optional, so types are not looked for
     except ImportError as error:
         raise MissingPackageError(f"the network's code is missing; run: {BUNDLED[NAME].install}") from error
     with torch.device("meta"):
-        module: Any = EfficientNet.from_name(NAME)
+        module: Any = code.EfficientNet.from_name(NAME)
     module.load_state_dict(state, assign=True)
     return module.to(device=device, dtype=dtype).eval(), known
 
