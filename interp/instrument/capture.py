@@ -176,8 +176,9 @@ class _Capture:
         return moved.gather(1, gather).movedim(1, axis), where[index[0].cpu()] if len(index) else where[:0]
 
     def _keep(self, site: Site, record: Record) -> None:
-        call = self.model.hub.call
-        if call is not None and call.prompt is not None:
+        call, kept = self.model.hub.call, record.kept
+        has_positions = isinstance(kept, Later) or _axis(site, kept) is not None
+        if call is not None and call.prompt is not None and has_positions:
             if len(record.where):
                 self.generated.setdefault((site, call.generation), []).append(record)
             self.acts.records.setdefault(site, [])

@@ -473,3 +473,12 @@ def test_logits_of_a_generation_are_those_of_the_positions_they_belong_to() -> N
             out = model.generate(ids, n_new=4, use_cache=use_cache)
         expected = model(out[:, :-1])[:, 6:]
         torch.testing.assert_close(acts["logits"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_has_no_positions_comes_call_by_call_while_generating() -> None:
+    """RWKV's decay is a parameter: there is nothing to join along positions."""
+    model = tiny_model("rwkv")
+    with capture(model, ["time_decay.0", "resid_post.0"]) as acts:
+        model.generate(tokens(model)[:1], n_new=3)
+    every = acts.calls("time_decay.0")
+    assert len(every) == 3 and all(torch.equal(value, every[0]) for value in every)
