@@ -19,9 +19,9 @@ from interp.models.model import LoadedModel
 
 def check_instrumentable(model: LoadedModel, *, grad: bool) -> None:
     """Raise InterpError for a compiled, replicated or (with gradients) checkpointed model, saying what to do."""
-    for path, module in model.module.named_modules():
+    for path, module in (("", model.module), *model.table.modules.items()):
         name = path or "the model"
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:  # pyright: ignore[reportPrivateUsage]
             raise InterpError(
                 f"{name} is compiled: compiled code does not see hooks that come later, so a capture would be empty "
                 "and an edit without effect; load the module as it was before torch.compile"

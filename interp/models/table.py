@@ -151,7 +151,13 @@ class FamilyTable:
         return found[0]
 
     def _parse(self, text: str) -> list[Site]:
-        return [site for name in expand(text.strip()) for site in self._lookup(name)]
+        if text not in self._parsed:
+            self._parsed[text] = [site for name in expand(text.strip()) for site in self._lookup(name)]
+        return self._parsed[text]
+
+    @cached_property
+    def _parsed(self) -> dict[str, list[Site]]:
+        return {}
 
     def _lookup(self, name: str) -> list[Site]:
         if name in self.names:
