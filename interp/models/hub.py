@@ -4,7 +4,7 @@ Captures and edits do not hook modules themselves. They register readers and wri
 keeps one torch hook per place: writers run in the order they were added, readers after them, so a capture always
 sees the edited value. When the last reader and writer of a place is gone, so is the hook. Hooks of others are never
 touched. The hub also knows about the forward call that is running: how many positions it has, how many are in the
-cache, which are padding.
+cache, which are padding. It is longer than other files because all state of a running forward is here and nowhere else.
 """
 
 from __future__ import annotations
