@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -56,13 +57,19 @@ def sites(
     console.table(
         f"{opened.source}: {len(rows)} sites",
         ("site", "shape", "side", "module", "also known as"),
-        [(r["site"], r["shape"], r["side"], r["module"], "  ".join(r["aliases"])) for r in rows],
+        [(r["site"] + read_only(r), r["shape"], r["side"], r["module"], "  ".join(r["aliases"])) for r in rows],
     )
+    if any(r["edit_instead"] for r in rows):
+        console.line("(read): can only be read; --json names the site to edit instead.", "dim")
+
+
+def read_only(row: dict[str, Any]) -> str:
+    return " (read)" if row["edit_instead"] else ""
 
 
 def site_row(model: Any, site: Any) -> dict[str, Any]:
     """One site as plain values."""
-    names = model.table.axes(site)
+    names, instead = model.table.axes(site), model.table.reach(site).instead
     axes = [axis if (size := model.dims.size(axis)) is None else f"{axis}={size}" for axis in names]
     return {
         "site": str(site),
@@ -71,6 +78,7 @@ def site_row(model: Any, site: Any) -> dict[str, Any]:
         "side": site.info.side,
         "module": model.table.reach(site).described(),
         "aliases": list(site.aliases),
+        "edit_instead": None if instead is None else str(replace(site, part=instead)),
     }
 
 

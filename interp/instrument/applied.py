@@ -16,7 +16,7 @@ from torch import Tensor
 from interp.core.errors import InterpError
 from interp.core.sites import Site
 from interp.instrument.guards import in_backward
-from interp.instrument.select import At, Scope, columns, position_axis, selected
+from interp.instrument.select import At, Scope, chosen_numbers, columns, position_axis, selected
 from interp.models.calls import Call
 from interp.models.model import LoadedModel
 from interp.models.views import check_same
@@ -158,12 +158,12 @@ class Applied:
             if wanted is not None and axis is not None:
                 _in_range(name, wanted, x.shape[axis], self.site)
                 line = torch.zeros(x.shape[axis], dtype=torch.bool, device=x.device)
-                line[torch.as_tensor(wanted, device=x.device)] = True
+                line[chosen_numbers(name, wanted)] = True
                 mask = mask & line.view([-1 if i == axis else 1 for i in range(x.ndim)])
         return mask
 
 
 def _in_range(name: str, wanted: int | Sequence[int] | None, size: int | None, site: Site) -> None:
-    listed = [] if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
+    listed = [] if wanted is None else chosen_numbers(name, wanted)
     if size is not None and any(not 0 <= item < size for item in listed):
         raise InterpError(f"{name}={wanted} is outside {site}, which has {name} 0 to {size - 1}")

@@ -29,18 +29,9 @@ from torch import Tensor
 from interp.core.errors import InterpError, NeverFiredError
 from interp.core.sites import Part, Site
 from interp.instrument.activations import Activations, CaptureBuffers, CaptureReceipt, Record, joined
-from interp.instrument.finite import Extremes, Finite, NonFiniteWarning
+from interp.instrument.finite import Extremes, Finite, NonFiniteWarning, how_to_look
 from interp.instrument.guards import check_instrumentable, frozen, in_backward
-from interp.instrument.select import (
-    At,
-    Scope,
-    check_scope,
-    chosen_heads,
-    columns,
-    has_heads,
-    position_axis,
-    selected,
-)
+from interp.instrument.select import At, Scope, check_scope, chosen_heads, columns, has_heads, position_axis, selected
 from interp.models.attention import AttentionCall, Later
 from interp.models.model import LoadedModel
 
@@ -93,7 +84,8 @@ class _Capture:
             raise InterpError(f"{site} is {tuple(value.shape)} here, without a position axis; drop positions")
         if options.grad and generating:
             raise InterpError("generation runs without gradients; capture(grad=True) takes model(tokens)")
-        self.finite.look(str(site), value)
+        if options.dtype is None:
+            self.finite.look(str(site), value)
         if options.grad:
             where = torch.arange(value.shape[axis] if axis is not None else 0)
             self._keep(site, Record(value, raw, where))
@@ -102,9 +94,12 @@ class _Capture:
         if axis is not None and (options.at is not None or options.scope != "all" or generating):
             kept, where = self._pick(site, value, where, axis)
             kept = kept.to(dtype=options.dtype or kept.dtype, device=options.device or kept.device)
-            self._keep(site, Record(kept.detach(), None, where))
-            return
-        self._keep(site, self._whole(site, value, where))
+            record = Record(kept.detach(), None, where)
+        else:
+            record = self._whole(site, value, where)
+        if options.dtype is not None and isinstance(record.kept, Tensor):
+            self.finite.look(str(site), record.kept)
+        self._keep(site, record)
 
     def later(self, site: Site, later: Later) -> None:
         """Scores or a pattern of a whole forward: computed when read, if that keeps less memory."""
@@ -198,7 +193,8 @@ class _Capture:
 
     def finish(self, seconds: float) -> None:
         """Join what a generation brought, check that nothing was overwritten and nothing is missing."""
-        fired = self.acts.records
+        fired, options = self.acts.records, self.options
+        restricted = options.at is not None or options.scope != "all"
         for (site, _), records in self.generated.items():
             axis = _axis(site, records[0].value)
             fired[site] = [*fired.get(site, []), joined(records, axis if axis is not None else 1)]
@@ -206,9 +202,13 @@ class _Capture:
         if missing:
             raise NeverFiredError(
                 f"{len(missing)} of {len(self.acts.sites)} sites never fired, first {missing[0]}: call the model inside"
-                f" the capture, with a path that runs this module (scope={self.options.scope!r})"
+                f" the capture, with a path that runs this module (scope={options.scope!r})"
             )
         for site, records in fired.items():
+            if restricted and _axis(site, records[0].value) is not None and not any(len(r.where) for r in records):
+                raise NeverFiredError(
+                    f"no position of {site} was kept: positions={options.at!r}, scope={options.scope!r}"
+                )
             if any(record.overwritten for record in records):
                 raise InterpError(f"{site} was overwritten in place after it was captured; pass snapshot=True")
         self.acts.checked = True
@@ -256,7 +256,7 @@ def capture(
     stop: end a forward called through `model` after the deepest site; module-path sites run it to the end.
     scope: while generating, `prompt`, `new` (tokens fed back) or `all`.
     finite: look for NaN and infinity: `warn` names the first site, `raise` refuses; `receipt.nonfinite` lists them.
-        By default half-precision models warn and others are not looked at.
+        By default half precision, the model's or `dtype`, warns, and others are not looked at.
     buffers: memory to fill, used again by the next capture; faster where many sites are captured again and again.
     Raises SiteError for unknown sites, NeverFiredError if a site did not fire, InterpError if a value was overwritten.
     """
@@ -271,7 +271,7 @@ def capture(
     check_instrumentable(model, grad=grad)
     chosen = chosen_heads(model, found, heads)
     plain = positions is None and dtype is None and device is None and scope == "all" and not snapshot and not grad
-    looked = finite or ("warn" if model.dtype in (torch.float16, torch.bfloat16) else "off")
+    looked = how_to_look(finite, model.dtype, dtype)
     lazy = plain and looked == "off"
     options = _Options(
         at=positions, heads=chosen, grad=grad, dtype=dtype, device=device, scope=scope, snapshot=snapshot,

@@ -174,11 +174,12 @@ def edited(
     Raises SiteError for unknown sites, NeverFiredError if an edit did not fire or touched no token.
     """
     check_scope(scope)
-    listed = [edits] if isinstance(edits, Edit) else list(edits)
+    listed: list[object] = list(edits) if isinstance(edits, Sequence) else [edits]
     if not listed:
         raise InterpError("no edits were given")
+    asked = [_an_edit(item) for item in listed]
     check_instrumentable(model, grad=True)
-    spread = [replace(edit, site=site) for edit in listed for site in model.resolve(edit.site)]
+    spread = [replace(edit, site=site) for edit in asked for site in model.resolve(edit.site)]
     applied = [Applied(model, edit, scope) for edit in spread]
     waits = _waits(model, applied)
     model.hub.pending.append(waits)
@@ -196,6 +197,12 @@ def edited(
                 )
     finally:
         model.hub.pending.remove(waits)
+
+
+def _an_edit(given: object) -> Edit:
+    if not isinstance(given, Edit):
+        raise InterpError(f"{given!r} is no edit; make one with add, zero, set_to, ... or Edit(site, function)")
+    return given
 
 
 def _waits(model: LoadedModel, applied: list[Applied]) -> Callable[[], bool]:

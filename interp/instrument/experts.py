@@ -27,6 +27,7 @@ from torch import Tensor
 from interp.core.errors import InterpError, unknown
 from interp.core.sites import Part, Site
 from interp.instrument.edits import Context, Edit
+from interp.instrument.select import chosen_numbers
 
 __all__ = ["force_on", "switch_off", "usual_weights"]
 
@@ -96,7 +97,7 @@ def usual_weights(weights: Float[Tensor, "*tokens expert"]) -> Float[Tensor, " e
 
 
 def _listed(experts: int | Sequence[int]) -> list[int]:
-    return [experts] if isinstance(experts, int) else list(dict.fromkeys(experts))
+    return list(dict.fromkeys(chosen_numbers("experts", experts, none=True)))
 
 
 def _router(site: str | Site, part: Part) -> str | Site:

@@ -8,7 +8,7 @@ for in between.
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ Finite = Literal["warn", "raise", "off"]
 
 class NonFiniteWarning(UserWarning):
     """A captured value is NaN or infinite."""
+
+
+def how_to_look(mode: Finite | None, model: torch.dtype, kept: torch.dtype | None) -> Finite:
+    """What was asked for; else a warning where half precision computes the values or keeps them."""
+    if kept is not None and not (isinstance(cast(object, kept), torch.dtype) and kept.is_floating_point):
+        raise InterpError(f"dtype={kept!r} cannot hold activations; give a floating dtype, e.g. torch.bfloat16")
+    return mode or ("warn" if {model, kept} & {torch.float16, torch.bfloat16} else "off")
 
 
 class Extremes:

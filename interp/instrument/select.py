@@ -7,7 +7,7 @@ real token of the prompt, padding left aside. Positions are columns of the input
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from operator import index
 from typing import Literal, SupportsIndex
@@ -123,11 +123,24 @@ def has_heads(site: Site) -> bool:
     return bool({"head", "kv_head"} & set(site.info.axes))
 
 
+def chosen_numbers(name: str, given: object, *, none: bool = False) -> list[int]:
+    """Heads, dims or experts as a list. A bool or a float names none; an empty list is allowed with `none`."""
+    try:
+        listed: list[object] = list(given) if isinstance(given, Iterable) else [given]  # pyright: ignore[reportUnknownArgumentType]
+        if not (listed or none) or any(
+            isinstance(item, bool) or getattr(item, "dtype", None) == torch.bool for item in listed
+        ):
+            raise TypeError
+        return [index(item) for item in listed]  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        raise InterpError(f"{name}={given!r} names no {name}; give an int or a list of ints") from error
+
+
 def chosen_heads(model: LoadedModel, sites: list[Site], heads: int | Sequence[int] | None) -> list[int] | None:
     """The heads asked for, checked against the sites that have any."""
     if heads is None:
         return None
-    listed = [heads] if isinstance(heads, int) else list(heads)
+    listed = chosen_numbers("heads", heads)
     for site in filter(has_heads, sites):
         size = model.dims.size("kv_head" if "kv_head" in site.info.axes else "head") or 0
         if any(not 0 <= head < size for head in listed):

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]
 
 from interp.core.errors import ArtefactError, InterpError
 from interp.core.progress import track
@@ -56,6 +58,8 @@ def write_store(
     check_ranks(observers, ranks)
     if model.hub.pending:  # edited activations must not be found later under the untouched model's name
         raise InterpError("a capture or an edit of this model is open; write the store outside it")
+    if random := _random(model):
+        raise InterpError(f"{model.source} is in training mode, where {random} is not repeatable; call .eval() on it")
     if batches.n_batches < 1:
         raise InterpError("the input is empty: there is no batch to capture")
     folder = parent.child(store_key(model, batches, sites, config.dtype))
@@ -71,6 +75,16 @@ def write_store(
     except OSError as error:
         raise ArtefactError(_stopped(folder, error)) from error
     return folder
+
+
+def _random(model: LoadedModel) -> str | None:
+    """A module whose values differ from one forward to the next, or depend on the other rows."""
+    for path, module in model.module.named_modules():
+        drops = getattr(module, "p", 0.0) if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+        random = isinstance(module, _BatchNorm) or (isinstance(drops, float) and drops > 0)
+        if module.training and (random or (not path and model.is_transformers)):
+            return path or type(module).__name__
+    return None
 
 
 def _stopped(folder: Folder, error: OSError) -> str:

@@ -57,6 +57,10 @@ def encode_batch(
 def _encode(out: Encoded, name: str, rows: Tensor, dtype: str, tokens: Tokens) -> None:
     rows = rows.detach()
     flat = rows.flatten(1) if rows.ndim > 1 else rows[:, None]
+    if not flat.is_floating_point() and (
+        dtype == "int8" or not torch.equal(flat.to(DTYPES[dtype]).to(flat.dtype), flat)
+    ):
+        raise InterpError(f"{name} holds whole numbers, which {dtype} does not keep; store it as float32")
     # A copy in any case: nobody may write into what waits to be stored.
     stored, scale = quantise(flat) if dtype == "int8" else (flat.to(DTYPES[dtype], copy=True), None)
     again = stored if scale is None else dequantise(stored, scale)

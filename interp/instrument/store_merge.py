@@ -49,6 +49,10 @@ def merge(stores: Iterable[ActivationStore], folder: Folder | Path | str) -> Act
     return ActivationStore.open(target)
 
 
+MODEL = ("weight_hash", "config_hash", "dtype")
+"""What of a model activations follow from."""
+
+
 def append(
     store: ActivationStore,
     model: LoadedModel,
@@ -61,8 +65,11 @@ def append(
     The rows of `data` are first captured as a store of their own in `folder`, so a kill loses what it loses there.
     """
     known = store.manifest["model"]
-    if (known["weight_hash"], known["dtype"]) != (model.weight_hash, str(model.dtype)):
-        raise InterpError(f"{store.key} holds activations of {known['source']} with other weights than {model.source}")
+    if [known.get(name) for name in MODEL] != [model.weight_hash, model.config_hash, str(model.dtype)]:
+        raise InterpError(
+            f"{store.key} holds activations of {known['source']} with other weights, or another configuration, than "
+            f"{model.source}"
+        )
     wanted = replace(config or StoreConfig(), dtype=store.manifest["dtype"])
     added = ActivationStore.write(model, data, list(store.sites), folder, wanted)
     return merge([store, added], folder)
@@ -73,7 +80,7 @@ def _check_same(first: ActivationStore, other: ActivationStore) -> None:
         if first.manifest[what] != other.manifest[what]:
             ours, theirs = first.manifest[what], other.manifest[what]
             raise InterpError(f"{first.key} and {other.key} differ in {what}: {ours} and {theirs}; capture them alike")
-    ours, theirs = ({k: s.manifest["model"][k] for k in ("weight_hash", "dtype")} for s in (first, other))
+    ours, theirs = ({name: s.manifest["model"].get(name) for name in MODEL} for s in (first, other))
     if ours != theirs:
         raise InterpError(f"{first.key} and {other.key} are of different models: {ours} and {theirs}")
 

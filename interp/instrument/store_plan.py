@@ -120,12 +120,17 @@ def store_key(model: LoadedModel, batches: Batches, sites: Sequence[Site], dtype
         {
             "format": [FORMAT, VERSION],
             "weights": model.weight_hash,
+            "config": model.config_hash,
             "model_dtype": str(model.dtype),
             "tokens": batches.hash,
             "sites": sorted(map(str, sites)),
             "dtype": dtype,
         }
     )
+
+
+def _names(model: LoadedModel) -> dict[str, str]:
+    return {"weight_hash": model.weight_hash, "config_hash": model.config_hash}
 
 
 def make_plan(model: LoadedModel, batches: Batches, trial: Encoded, config: StoreConfig, key: str) -> Plan:
@@ -143,6 +148,6 @@ def make_plan(model: LoadedModel, batches: Batches, trial: Encoded, config: Stor
         n_batches=batches.n_batches,
         n_tokens=batches.n_tokens,
         batches_per_shard=max(1, min(config.shard_tokens // mean, config.shard_bytes // n_bytes)),
-        model={"source": model.source, "weight_hash": model.weight_hash, "dtype": str(model.dtype)},
+        model={"source": model.source, "dtype": str(model.dtype), **_names(model)},
         versions=versions(),
     )

@@ -52,6 +52,8 @@ def load(
         if device is not None or dtype is not None or device_map is not None:
             raise InterpError("a live module is taken as it is; move or cast it yourself before load(...)")
         model = _live(what, tokenizer)
+    elif not str(what).strip():
+        raise InterpError("the model's name is empty; `interp models` lists those that need no hub")
     else:
         model = _named(
             str(what), tokenizer, device=device or "cpu", dtype=dtype or torch.float32, device_map=device_map

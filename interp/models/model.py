@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast, runtime_checkable
@@ -11,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from interp.core.errors import InterpError
-from interp.core.hash import hash_tensors
+from interp.core.hash import hash_json, hash_tensors
 from interp.core.manifest import ModelRecord
 from interp.core.sites import Site
 from interp.models.families import bind
@@ -39,6 +40,9 @@ class Stopped:
             "pass capture(..., stop=False) to run it to the end"
         )
 
+    def __getitem__(self, index: Any) -> Any:
+        return self.__getattr__(f"[{index!r}]")
+
     def __repr__(self) -> str:
         return "Stopped(the forward ended after the last captured site; capture(..., stop=False) gives logits)"
 
@@ -62,6 +66,8 @@ class LoadedModel:
         self.wants_grad = 0
         """Open captures that want gradients."""
         self._weight_hash = weight_hash
+        self._hashed = _state(module) if weight_hash is not None else None
+        """State of the weights that the hash belongs to."""
 
     @property
     def dims(self) -> Dims:
@@ -94,11 +100,25 @@ class LoadedModel:
 
     @property
     def weight_hash(self) -> str:
-        """Content hash of the weights; computed once, when first asked for."""
+        """Content hash of the weights; computed when first asked for, and again after they were written to.
+
+        Trap: what is written through `parameter.data` is not noticed.
+        """
+        now = _state(self.module)
+        if now != self._hashed:
+            self._weight_hash, self._hashed = None, now
         if not isinstance(self._weight_hash, str):
             make = self._weight_hash or (lambda: hash_tensors(self.module.state_dict()))
             self._weight_hash = make()
         return self._weight_hash
+
+    @property
+    def config_hash(self) -> str:
+        """Hash of what the weights do not say: the configuration, or the modules' own descriptions without one."""
+        config = getattr(self.module, "config", None)
+        if self.is_transformers and config is not None:
+            return hash_json(_meaning(config.to_dict()))
+        return hash_json(re.sub(r" at 0x[0-9a-f]+", "", repr(self.module)))
 
     def sites(self, pattern: str = "*") -> list[Site]:
         """Every site the pattern stands for, in the order in which the model computes them."""
@@ -189,6 +209,8 @@ class LoadedModel:
         """Greedy continuation by `n_new` tokens (always that many), prompt included. Left-pad unequal prompts."""
         if not self.is_transformers or self.takes_pixels:
             raise InterpError(f"{self.source} cannot generate: it is not a transformers causal language model")
+        if n_new < 1:
+            raise InterpError(f"n_new={n_new} must be at least 1")
         _, named = self.arguments(inputs, {})
         mask = named.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
@@ -216,6 +238,29 @@ class LoadedModel:
     def __repr__(self) -> str:
         shape = ", ".join(f"{k}={v}" for k, v in vars(self.dims).items() if v is not None)
         return f"LoadedModel({self.source}, {self.table.name}, {len(self.table.sites)} sites, {shape})"
+
+
+def _state(module: nn.Module) -> list[tuple[str, int, int]]:
+    """Where each weight lies and how often it was written to: equal states mean equal weights."""
+    return [
+        (name, value.data_ptr(), 0 if value.is_inference() else value._version)
+        for name, value in module.state_dict().items()
+        if isinstance(value, Tensor)
+    ]
+
+
+_LABELS = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "id2label", "label2id",
+}  # fmt: skip
+"""Entries of a configuration that no activation follows from."""
+
+
+def _meaning(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    items = cast("dict[str, Any]", config).items()
+    return {name: _meaning(value) for name, value in items if name not in _LABELS}
 
 
 def _forget(module: nn.Module, ids: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -137,7 +138,10 @@ class FamilyTable:
 
     def resolve(self, wanted: str | Site | Iterable[str | Site]) -> list[Site]:
         """Sites from names, aliases, module paths and patterns, without repeats, in the order asked for."""
-        asked = [wanted] if isinstance(wanted, str | Site) else list(wanted)
+        asked = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
+        for item in asked:
+            if not isinstance(cast(object, item), str | Site):
+                raise SiteError(f"{item!r} is no site; name one, e.g. {next(iter(self.names), 'a module path')}")
         found = [site for item in asked for site in ([item] if isinstance(item, Site) else self._parse(item))]
         for site in found:
             self.reach(site)

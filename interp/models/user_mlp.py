@@ -18,9 +18,12 @@ otherwise, give `product=False`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 from torch import nn
 
-from interp.core.errors import InterpError
+from interp.core.errors import InterpError, unknown
 from interp.core.sites import Part
 from interp.models.family import Block, Reach, Rule, Weight, register_block
 
@@ -50,7 +53,7 @@ def register_mlp(
 
     rules: identities of your own that the probe is to check, e.g. the formula of a learnable activation.
     """
-    if not issubclass(cls, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not (isinstance(cast(object, cls), type) and issubclass(cls, nn.Module)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InterpError(f"{cls!r} is no class of modules")
     said = {Part.GATE_PRE: gate_pre, Part.GATE: gate, Part.UP: up}
     parts = {part: _reach(where) for part, where in said.items() if where is not None}
@@ -60,13 +63,23 @@ def register_mlp(
     block = Block(
         name=cls.__name__,
         classes=(cls.__name__,),
-        when=lambda module: isinstance(module, cls),
+        when=lambda module: isinstance(module, cls) and _has_children(module, parts),
         parts={**parts, Part.MLP_OUT: Reach(path="", axes=("batch", "...", "d_model"))},
         rules=((PRODUCT,) if product and {Part.UP, Part.NEURONS} <= set(parts) else ()) + rules,
         weights={name: weight for name, where in names.items() if (weight := _weight(where)) is not None},
     )
     register_block(block)
     return block
+
+
+def _has_children(module: nn.Module, parts: Mapping[Part, Reach]) -> bool:
+    """Raises InterpError for a child that was named and is not there."""
+    known = [path for path, _ in module.named_modules()]
+    for part, reach in parts.items():
+        if reach.path not in known:
+            named = f"child of {type(module).__name__}, which register_mlp was given for {part}"
+            raise unknown(named, reach.path, filter(None, known))
+    return True
 
 
 def _is_child(where: str) -> bool:

@@ -41,7 +41,19 @@ def sampled_corpus(
     if model.dims.n_ctx is not None and length > model.dims.n_ctx:
         raise InterpError(f"length={length} is more than the model's context of {model.dims.n_ctx}")
     start = _start(model)
-    key = hash_json(["sampled", model.weight_hash, str(model.dtype), start, n_sequences, length, seed, temperature])
+    key = hash_json(
+        [
+            "sampled",
+            model.weight_hash,
+            model.config_hash,
+            str(model.dtype),
+            start,
+            n_sequences,
+            length,
+            seed,
+            temperature,
+        ]
+    )
     path = cache_dir() / "sampled" / f"{key}.safetensors"
     ids = _read(path) if cache else None
     if ids is None:

@@ -205,3 +205,12 @@ def test_demo(cli: Cli, work: Path) -> None:
     assert made.report.is_file()
     replayed = cli("replay", "demo", "--json").json["comparisons"]
     assert [row for row in replayed if row["method"] == "verify" and row["within"]]
+
+
+def test_sites_that_can_only_be_read_are_marked(cli: Cli) -> None:
+    said = cli("sites", "tiny-mixtral", "router_*.0")
+    assert "router_experts.0 (read)" in said.out and "router_weights.0 (read)" not in said.out
+    rows = {
+        row["site"]: row["edit_instead"] for row in cli("sites", "tiny-mixtral", "router_*.0", "--json").json["sites"]
+    }
+    assert rows == {"router_logits.0": None, "router_experts.0": "router_logits.0", "router_weights.0": None}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from interp.core.errors import InterpError, SiteError
+from interp.core.errors import InterpError, NeverFiredError, SiteError
 from interp.instrument.capture import capture
 from interp.instrument.edits import Edit, add, edited, scale, zero
 from interp.models.model import LoadedModel
@@ -231,3 +232,29 @@ def test_captures_may_close_in_any_order() -> None:
     assert len(a.calls("gate.0")) == 1 and len(b.calls("gate.0")) == 2 == len(b.calls("resid_post.2"))
     assert torch.equal(a["gate.0"], b.calls("gate.0")[1])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+
+
+@pytest.mark.parametrize(
+    "kept", [{"positions": []}, {"positions": torch.zeros(2, 7, dtype=torch.bool)}, {"scope": "new"}]
+)
+def test_a_capture_that_keeps_no_position_is_an_error(kept: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(NeverFiredError, match=r"no position of gate\.0"), capture(model, "gate.0", **kept):
+        model(tokens(model))
+
+
+@pytest.mark.parametrize("wrong", [True, [], [True]])
+@pytest.mark.parametrize("where", ["head", "dims", "heads"])
+def test_what_names_no_head_is_said(where: str, wrong: Any) -> None:
+    model = tiny_model("llama")
+    opened = capture(model, "z.0", heads=wrong) if where == "heads" else edited(model, zero("z.0", **{where: wrong}))
+    with pytest.raises(InterpError, match="give an int or a list of ints"), opened:
+        model(tokens(model))
+
+
+def test_what_stands_for_the_logits_of_a_stopped_forward_cannot_be_indexed() -> None:
+    model = tiny_model("llama")
+    with capture(model, "gate.0"):
+        answer = model(tokens(model))
+    with pytest.raises(InterpError, match="stop=False"):
+        answer[0]

@@ -136,3 +136,24 @@ def test_values_of_a_network_on_two_devices_stay_where_they_are() -> None:
     expected = model.module.b((model.module.a(x) + 1).cuda())  # pyright: ignore
     expected[:, 1] += 1
     torch.testing.assert_close(out, expected.detach())
+
+
+def test_overflow_in_the_dtype_that_is_kept_is_told() -> None:
+    """The model is float32 and finite; the copy is float16, which ends at 65,504."""
+    model = tiny_model("llama")
+    ids = tokens(model)
+    with pytest.warns(NonFiniteWarning, match=r"^resid_post\.1 is the first of 2 sites"):
+        with edited(model, add("resid_post.1", 1e5, at=2)), capture(model, "resid_post.*", dtype=torch.float16) as acts:
+            model(ids)
+    assert acts.receipt is not None and acts.receipt.nonfinite == {"resid_post.1": 1, "resid_post.2": 1}
+    with edited(model, add("resid_post.1", 1e5, at=2)):
+        with capture(model, "resid_post.1", dtype=torch.float16, positions=3, finite="raise") as elsewhere:
+            model(ids)
+    assert bool(torch.isfinite(elsewhere["resid_post.1"]).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_a_dtype_that_cannot_hold_activations(dtype: torch.dtype) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(InterpError, match="floating dtype"), capture(model, "gate.0", dtype=dtype):
+        model(tokens(model))

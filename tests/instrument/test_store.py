@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from interp.instrument.stream import Batch
 from interp.instrument.tokens import TokenRecord, from_ids, tokenize
 from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
+from interp.tasks.corpora_inputs import load_inputs
 
 SITES = ["resid_post.1", "neurons.0", "z.1"]
 
@@ -323,3 +325,44 @@ def test_values_that_lie_crosswise_in_memory(tmp_path, dtype):
     store = ActivationStore.write(model, Pictures(inputs), "1", tmp_path, StoreConfig(dtype=dtype))
     found = torch.cat(list(store.blocks("1")))
     torch.testing.assert_close(found, inputs[0].T, atol=0.0 if dtype == "float32" else 0.02, rtol=0.0)
+
+
+def test_a_model_that_was_changed_does_not_read_what_it_stored_before(record, tmp_path):
+    """Weights written in place, and weights under another configuration."""
+    model = tiny_model("llama")
+    config = StoreConfig(dtype="float32", rows_per_forward=len(record))
+    first = ActivationStore.write(model, record, "resid_post.2", tmp_path, config)
+    assert ActivationStore.write(model, record, "resid_post.2", tmp_path, config).key == first.key
+    changed_config = copy.deepcopy(model.module.config)
+    changed_config.rope_parameters["rope_theta"] = 17.0
+    other = LoadedModel(type(model.module)(changed_config).eval())
+    other.module.load_state_dict(model.module.state_dict())
+    with torch.no_grad():
+        model.module.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(3)
+    for changed in (model, other):
+        with capture(changed, "resid_post.2") as acts:
+            changed(record)
+        store = ActivationStore.write(changed, record, "resid_post.2", tmp_path, config)
+        values = torch.cat(list(store.blocks("resid_post.2")))
+        assert store.key != first.key and torch.equal(values, acts["resid_post.2"][record.mask])
+
+
+def test_a_model_in_training_mode_is_not_stored(tmp_path):
+    model = LoadedModel(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)))
+    np.save(tmp_path / "x.npy", np.zeros((6, 3), dtype=np.float32))
+    batches = load_inputs(f"array:{tmp_path / 'x.npy'}", rows_per_forward=3)
+    with pytest.raises(InterpError, match=r"training mode.*eval"):
+        ActivationStore.write(model, batches, "2", tmp_path)
+    model.module.eval()
+    assert len(ActivationStore.write(model, batches, "2", tmp_path)) == 6
+
+
+def test_whole_numbers_are_not_rounded(tmp_path):
+    model = tiny_model("mixtral")
+    record = tokenize(model, ["hello there"])
+    with pytest.raises(InterpError, match=r"router_experts\.0 holds whole numbers, which int8"):
+        ActivationStore.write(model, record, "router_experts.0", tmp_path, StoreConfig(dtype="int8"))
+    store = ActivationStore.write(model, record, "router_experts.0", tmp_path, StoreConfig(dtype="float16"))
+    with capture(model, "router_experts.0") as acts:
+        model(record)
+    assert torch.equal(torch.cat(list(store.blocks("router_experts.0"))).long(), acts["router_experts.0"].flatten(0, 1))

@@ -242,3 +242,39 @@ def test_a_namesake_without_the_attributes_is_no_block() -> None:
             return x
 
     assert LoadedModel(around(SEModule(), "image", 3)).table.block_sites == ()
+
+
+class AttentionGate(nn.Module):
+    """A U-Net attention gate whose psi is a convolution alone: the sigmoid comes after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_g, self.W_x, self.psi = (nn.Conv2d(3, n, 1) for n in (3, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.psi(torch.relu(self.W_g(x) + self.W_x(x))))
+
+
+class EarlyExit(nn.Module):
+    """A namesake with another sigmoid in a branch, which runs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.gate = nn.Sequential(nn.Linear(6, 6), nn.Sigmoid()), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.branch(x)
+        return hidden * torch.sigmoid(self.gate(hidden))
+
+
+def test_a_gate_is_what_the_sigmoid_returns_not_what_goes_in() -> None:
+    model, x = LoadedModel(filled(nn.Sequential(AttentionGate()))), noise(2, 3, 5, 5)
+    with capture(model, ["0:skip_gate", "0.psi"]) as acts:
+        model(x)
+    assert torch.equal(acts["0:skip_gate"], torch.sigmoid(acts["0.psi"]))
+    with edited(model, [set_to("0:skip_gate", 1.0)]):
+        assert torch.equal(model(x), x)
+
+
+def test_a_class_with_another_sigmoid_is_left_alone() -> None:
+    assert LoadedModel(nn.Sequential(EarlyExit())).table.block_sites == ()

@@ -289,3 +289,9 @@ def test_a_bridge_agrees_with_the_model_it_wraps(family: str, tmp_path: Path) ->
         with edited(either, add(site, 1.0, at=[2])):
             moved.append(either(IDS))
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(name: str) -> None:
+    with pytest.raises(InterpError, match="name is empty"):
+        load(name)

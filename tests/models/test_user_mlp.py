@@ -192,3 +192,9 @@ def test_another_class_of_the_same_name_is_left_alone() -> None:
 def test_without_registration_there_are_module_paths() -> None:
     model = interp.load(with_mlp(Expanded))
     assert model.table.name == "generic" and "model.layers.0.mlp.squash" in model.table.modules
+
+
+def test_a_child_that_is_not_there_is_named_at_load() -> None:
+    register_mlp(Expanded, gate_pre="opner", gate="squash", up="content", down="back")
+    with pytest.raises(interp.InterpError, match="register_mlp was given for gate_pre 'opner'; nearest: opener"):
+        interp.load(with_mlp(Expanded))

@@ -10,13 +10,17 @@
                            (Sabour et al. 2017, arxiv.org/abs/1710.09829)
 
 These have no canonical class. A class of one of the names below is taken if it has the attributes named; for any other
-`function_gate` makes a block: the gate is what the n-th call of a torch function returns while the module runs.
+`function_gate` makes a block: the gate is what the n-th call of a torch function returns while the module runs. A class
+with another sigmoid inside a branch is left alone, since that one may run first.
 A capsule layer's iterations are its layers: `caps:routing.0` is what the first iteration starts from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
+
+from torch import nn
 
 from interp.core.sites import Part
 from interp.models.family import Block, Reach
@@ -29,14 +33,27 @@ def function_gate(
     nth: int = 0,
     has: tuple[str, ...] = (),
     axes: tuple[str, ...] = ("batch", "..."),
+    when: Callable[[nn.Module], bool] | None = None,
 ) -> Block:
     """The block of classes whose gate is the n-th result of a torch function; `register_block` makes it known."""
     return Block(
         name=f"{part}-{op}",
         classes=classes,
         has=has,
+        when=when,
         parts={part: Reach(path="", side="op", op=op, nth=nth, axes=axes)},
     )
+
+
+def _ends_in_sigmoid(module: nn.Module) -> bool:
+    """Whether psi is the gate, not what a sigmoid turns into one later."""
+    return isinstance([*cast(Any, module).psi.modules()][-1], nn.Sigmoid | nn.Hardsigmoid)
+
+
+def _one_sigmoid(module: nn.Module) -> bool:
+    """Whether no other sigmoid, inside a branch, could be taken for the one that makes the gate."""
+    found = [path for path, child in module.named_modules() if isinstance(child, nn.Sigmoid)]
+    return not found or (len(found) == 1 and ("." not in found[0] or found[0].startswith("gate.")))
 
 
 BLOCKS: tuple[Block, ...] = (
@@ -44,11 +61,21 @@ BLOCKS: tuple[Block, ...] = (
         name="skip-attention",
         classes=("AttentionBlock", "Attention_block", "AttentionGate"),
         has=("W_g", "W_x", "psi"),
+        when=_ends_in_sigmoid,
         parts={Part.SKIP_GATE: Reach(path="psi")},
     ),
-    function_gate("GatedSkip", "GateSkip", "SkipGate", part=Part.RESIDUAL_GATE, has=("gate",)),
-    function_gate("EarlyExit", "ExitGate", part=Part.EXIT_GATE, has=("gate",)),
-    function_gate("GatedMultimodalUnit", "GatedBimodal", "GMU", part=Part.MODALITY_GATE),
+    function_gate(
+        "AttentionBlock",
+        "Attention_block",
+        "AttentionGate",
+        part=Part.SKIP_GATE,
+        has=("W_g", "W_x", "psi"),
+        axes=("batch", "channel", "height", "width"),
+        when=_one_sigmoid,
+    ),
+    function_gate("GatedSkip", "GateSkip", "SkipGate", part=Part.RESIDUAL_GATE, has=("gate",), when=_one_sigmoid),
+    function_gate("EarlyExit", "ExitGate", part=Part.EXIT_GATE, has=("gate",), when=_one_sigmoid),
+    function_gate("GatedMultimodalUnit", "GatedBimodal", "GMU", part=Part.MODALITY_GATE, when=_one_sigmoid),
     Block(
         name="dynamic-routing",
         classes=("DenseCapsule", "CapsuleLayer", "RoutingCapsules"),
