@@ -29,6 +29,7 @@ from interp.instrument.shards import (
 from interp.instrument.store_folders import TEMPORARY, Folder, open_folder
 from interp.instrument.store_plan import Plan
 from interp.instrument.store_ranks import LOCK
+from interp.instrument.store_writer import as_json, sha256
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
 """Endings of files that may hold a pickle."""
@@ -67,6 +68,8 @@ def _complete(folder: Folder) -> Iterator[Finding]:
     except ArtefactError as error:
         yield Finding(file=MANIFEST, problem=f"is not valid: {error}", advice=AGAIN)
         return
+    if manifest.get("checksum") != sha256([as_json({k: v for k, v in manifest.items() if k != "checksum"})]):
+        yield Finding(file=MANIFEST, problem="was changed after it was written", advice=AGAIN)
     for entry in manifest["shards"]:
         yield from _shard(folder, entry, manifest)
     try:

@@ -228,7 +228,7 @@ def assemble(
         "parts": list(parts) or [{"key": plan.key, "input": plan.input_hash, "rows": rows}],
     }
     folder.sync()
-    folder.write(MANIFEST, [as_json(manifest)])
+    folder.write(MANIFEST, [as_json({**manifest, "checksum": sha256([as_json(manifest)])})])
     folder.sync()
     sweep(folder)
 

@@ -54,6 +54,13 @@ def rewrite(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def move_rows(path: Path) -> None:
+    """The second shard's rows get other numbers: `tokens()` would name other texts."""
+    shards = json.loads(path.read_text())["shards"]
+    shards[1]["row_offset"] += 1
+    rewrite(path, shards=shards)
+
+
 def flip(path: Path, at: int = -3) -> None:
     raw = bytearray(path.read_bytes())
     raw[at] ^= 1
@@ -129,7 +136,9 @@ def test_a_manifest_that_tells_another_shape_is_refused_when_rows_are_read(folde
         (lambda f: (f / "notes.txt").write_bytes(b""), "notes.txt", "does not belong"),
         (lambda f: (f / "shard-00009.safetensors").write_bytes(b""), "shard-00009.safetensors", "does not belong"),
         (lambda f: (f / ".lock-3").write_bytes(b""), ".lock-3", "left by a capture that was killed"),
-        (lambda f: rewrite(f / MANIFEST, key="other"), MANIFEST, "does not match plan.json"),
+        (lambda f: rewrite(f / PLAN, key="other"), MANIFEST, "does not match plan.json"),
+        (lambda f: rewrite(f / MANIFEST, relative_error={}), MANIFEST, "was changed after it was written"),
+        (lambda f: move_rows(f / MANIFEST), MANIFEST, "was changed after it was written"),
         (lambda f: (f / PLAN).write_text("{}"), PLAN, "is not valid"),
     ],
 )
