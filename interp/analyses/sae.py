@@ -36,13 +36,14 @@ from interp.core.manifest import Manifest
 from interp.core.result import LabelledTensor, Result
 from interp.core.seed import torch_generator
 from interp.core.spec import Spec, Tolerance
+from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
+from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.examples import top_examples
 from interp.dictionaries.formats import saelens
 from interp.dictionaries.heldout import held_out, score
 from interp.dictionaries.metrics import METRICS
-from interp.dictionaries.sae import TopKSAE
 from interp.dictionaries.sinks import ordinary
 from interp.dictionaries.splice import loss_recovered
 from interp.dictionaries.train import TrainConfig, Trained, train_sae
@@ -220,7 +221,7 @@ def _headline(table: pd.DataFrame, dead_fraction: float) -> dict[str, Any]:
     }
 
 
-def _tensors(sae: TopKSAE) -> dict[str, LabelledTensor]:
+def _tensors(sae: SparseDictionary) -> dict[str, LabelledTensor]:
     axes = {"W_enc": ("d_in", "latent"), "b_enc": ("latent",), "W_dec": ("latent", "d_out"), "b_dec": ("d_out",)}
     return {
         name: LabelledTensor(values=getattr(sae, name).detach().cpu().contiguous(), axes=names)
@@ -228,21 +229,21 @@ def _tensors(sae: TopKSAE) -> dict[str, LabelledTensor]:
     }
 
 
-def dictionary_of(result: Result) -> TopKSAE:
+def dictionary_of(result: Result) -> SparseDictionary:
     """The trained dictionary, rebuilt from a result (also one that was loaded from disk)."""
     if result.method != "sae":
         raise InterpError(f"a result of {result.method!r} holds no dictionary; run `sae`")
     W_dec = result.tensors["W_dec"].values
-    sae = TopKSAE(W_dec.shape[1], W_dec.shape[0], int(result.manifest.config["k"]), dtype=W_dec.dtype)
+    sae = SparseDictionary(W_dec.shape[1], W_dec.shape[0], TopK(int(result.manifest.config["k"])), dtype=W_dec.dtype)
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             getattr(sae, name).copy_(result.tensors[name].values)
     return sae.requires_grad_(False)
 
 
-def save_saelens(what: Result | TopKSAE, folder: Path | str) -> Path:
+def save_saelens(what: Result | SparseDictionary, folder: Path | str) -> Path:
     """Write the dictionary as a folder that `sae_lens.SAE.load_from_disk` reads."""
-    if isinstance(what, TopKSAE):
+    if isinstance(what, SparseDictionary):
         return saelens.save_saelens(what, folder)
     config = what.manifest.config
     metadata = {

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.errors import InterpError
+from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.base import check_width
 from interp.dictionaries.codes import SparseCodes
-from interp.dictionaries.sae import TopKSAE
+from interp.dictionaries.dictionary import SparseDictionary
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +96,9 @@ def fit_pca(x: Float[Tensor, "n d"], k: int) -> PCADictionary:
 
 
 @torch.no_grad()
-def random_dictionary(x: Float[Tensor, "n d"], d_dict: int, k: int, *, seed: int) -> TopKSAE:
+def random_dictionary(x: Float[Tensor, "n d"], d_dict: int, k: int, *, seed: int) -> SparseDictionary:
     """Untrained top-k dictionary around the mean of x, with the gain <x - mean, y> / <y, y> of its output y."""
-    sae = TopKSAE.random(x.shape[1], d_dict, k, seed=seed, dtype=x.dtype).to(x.device)
+    sae = SparseDictionary.random(x.shape[1], d_dict, TopK(k), seed=seed, dtype=x.dtype).to(x.device)
     mean = x.double().mean(0).to(x.dtype)
     sae.b_dec.copy_(mean)
     along, power = 0.0, 0.0

@@ -1,7 +1,8 @@
 """Sparse codes: which latents of a dictionary are active at each token, and how much.
 
 What every dictionary's `encode` returns. Axes: any leading token axes, then `k` slots per token; a slot whose value is
-zero is not active. Dense and COO views are made on demand, never kept.
+zero is not active. Kinds with a threshold fill as many slots as their busiest token needs. Dense and COO views are
+made on demand, never kept.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.core.errors import InterpError
@@ -23,6 +24,10 @@ class SparseCodes:
     values: Float[Tensor, "*batch k"]
     indices: Int[Tensor, "*batch k"]
     d_dict: int
+    gain: Float[Tensor, "*batch 1"] | None = None
+    """What decoding multiplies each token's sum by, where inputs were normalised token by token; None for 1."""
+    offset: Float[Tensor, "*batch d_out"] | None = None
+    """What decoding adds to each token besides its features: a skip connection, a removed mean; None for 0."""
 
     def __post_init__(self) -> None:
         if self.values.shape != self.indices.shape or self.values.ndim < 1:
@@ -35,10 +40,20 @@ class SparseCodes:
         """Slots per token."""
         return self.values.shape[-1]
 
+    def shaped(self, *batch: int) -> SparseCodes:
+        """The same codes with other token axes."""
+        gain = None if self.gain is None else self.gain.reshape(*batch, 1)
+        offset = None if self.offset is None else self.offset.reshape(*batch, self.offset.shape[-1])
+        values, indices = self.values.reshape(*batch, self.k), self.indices.reshape(*batch, self.k)
+        return SparseCodes(values, indices, self.d_dict, gain, offset)
+
     def flat(self) -> SparseCodes:
         """The same codes with one token axis."""
-        n = math.prod(self.values.shape[:-1])  # -1 is ambiguous for k = 0
-        return SparseCodes(self.values.reshape(n, self.k), self.indices.reshape(n, self.k), self.d_dict)
+        return self.shaped(math.prod(self.values.shape[:-1]))  # -1 is ambiguous for k = 0
+
+    def with_values(self, values: Float[Tensor, "*batch k"]) -> SparseCodes:
+        """Other values at the same latents, decoded in the same way."""
+        return SparseCodes(values, self.indices, self.d_dict, self.gain, self.offset)
 
     def dense(self) -> Float[Tensor, "*batch d_dict"]:
         """One column per latent; a latent listed twice is summed."""
@@ -60,3 +75,27 @@ class SparseCodes:
     def firings(self) -> Int[Tensor, "d_dict"]:
         """At how many tokens each latent is active."""
         return torch.bincount(self.indices[self.values != 0].long(), minlength=self.d_dict)
+
+
+def pack(
+    z: Float[Tensor, "batch d_dict"], chosen: Bool[Tensor, "batch d_dict"]
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """z at the chosen latents of each row, and their indices, in as many slots as the fullest row needs.
+
+    Spare slots hold the value 0 and latent 0.
+    """
+    row, latent = chosen.nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=z.shape[0])
+    slots = int(counts.max()) if len(row) else 0
+    starts = counts.cumsum(0) - counts
+    slot = torch.arange(len(row), device=z.device) - starts[row]
+    values, indices = z.new_zeros(z.shape[0], slots), row.new_zeros(z.shape[0], slots)
+    values[row, slot] = z[row, latent]
+    indices[row, slot] = latent
+    return values, indices
+
+
+def from_dense(f: Float[Tensor, "batch d_dict"]) -> SparseCodes:
+    """The non-zero entries of dense codes."""
+    values, indices = pack(f, f != 0)
+    return SparseCodes(values, indices, f.shape[1])

@@ -1,44 +1,178 @@
-"""Losses of the top-k autoencoder.
+"""Terms of the training loss. Each is a function of one `Activity`; an objective is a sum of weighted terms.
 
-Reconstruction:  FVU = sum |y - y_hat|^2 / sum |y - mean y|^2, over the tokens and coordinates of the batch.
-Auxiliary (AuxK): the k_aux largest latents among the dead ones reconstruct the error e = y - y_hat (a constant):
-    |decode(f_dead) - e|^2 / |e - mean e|^2, without b_dec, zero where the error has no variance.
-Paper: L. Gao et al., 2024, appendix A.2, https://arxiv.org/abs/2406.04093 (weight 1/32, k_aux about d_in / 2).
-The auxiliary loss trains the encoder of the dead latents as well as their decoder rows; a fused encoder that returns
-no gradient for the pre-activations it did not select would leave them dead.
+Reconstruction
+    fvu          sum |y - y_hat|^2 / sum |y - mean y|^2                       over the batch's tokens and coordinates
+    squared      mean over tokens of |y - y_hat|^2
+    multi_topk   fvu of the k largest, plus 1/8 of the fvu of all that were selected     (Gao et al., section 4.3)
+    matryoshka   mean over prefixes m_1 < ... < m_G of the fvu with the first m_g latents alone      (Bussmann et al.)
+Sparsity
+    l1           mean over tokens of sum_i f_i |d_i|
+    l0_step      mean over tokens of sum_i H(z_i - theta_i); gradient to theta alone    (Rajamanoharan et al., JumpReLU)
+    tanh         mean over tokens of sum_i tanh(c f_i |d_i|), c = 4
+    gate_l1      mean over tokens of sum_i relu(pi_i) |d_i|                                (gated)
+Auxiliary
+    auxk         the dead latents reconstruct the error e = y - y_hat, a constant: |f_dead W_dec - e|^2 / |e - mean e|^2
+    gate_auxiliary   mean over tokens of |relu(pi) W_dec + b_dec - y|^2, with W_dec and b_dec held constant   (gated)
+    afa          mean over tokens of (|f| - |u|)^2, f weighted by |d_i|                    (Lee et al., top-AFA)
+    pre_act      mean over tokens of sum over dead latents of relu(theta - z) |d_i|
+Papers: L. Gao et al. 2024, https://arxiv.org/abs/2406.04093; B. Bussmann et al. 2025, https://arxiv.org/abs/2503.17547;
+S. Rajamanoharan et al. 2024, https://arxiv.org/abs/2404.16014 and https://arxiv.org/abs/2407.14435; S. Lee et al. 2025,
+https://arxiv.org/abs/2503.24277.
+The auxiliary loss trains the encoder of dead latents as well as their decoder rows; a fused encoder that returns no
+gradient for pre-activations it did not select would leave them dead.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.dictionaries.sae import TopKSAE
+from interp.core.errors import InterpError
+from interp.dictionaries.activations.gated import Gated
+from interp.dictionaries.activations.jump_relu import JumpReLU
+from interp.dictionaries.activity import Activity, Alone, Group
+from interp.dictionaries.codes import SparseCodes
+from interp.dictionaries.dictionary import SparseDictionary
+
+Term = Callable[[Activity], Float[Tensor, ""]]
 
 
-def fvu_loss(target: Float[Tensor, "batch d"], output: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
+def variance(at: Activity) -> Float[Tensor, ""]:
+    """sum |y - mean y|^2 over the batch, all processes together; no gradient."""
+    with torch.no_grad():
+        total, n_tokens = at.group.total(at.target.sum(0)), at.n_tokens()
+        spread = at.group.total((at.target - total / n_tokens).square().sum())
+        return spread.clamp_min(torch.finfo(at.target.dtype).tiny)
+
+
+def fvu(at: Activity) -> Float[Tensor, ""]:
     """Fraction of the batch's variance left unexplained."""
-    variance = (target - target.mean(0)).square().sum()
-    return (target - output).square().sum() / variance.clamp_min(torch.finfo(target.dtype).tiny)
+    return at.error.square().sum() / variance(at)
+
+
+def squared(at: Activity) -> Float[Tensor, ""]:
+    """Squared error per token."""
+    return at.error.square().sum() / at.n_tokens()
+
+
+def multi_topk(k: int, weight: float = 1 / 8) -> Term:
+    """FVU with the k first slots, and a little of the FVU with all slots."""
+
+    def term(at: Activity) -> Tensor:
+        codes = _sparse(at, "multi_topk")
+        first = SparseCodes(codes.values[:, :k], codes.indices[:, :k], codes.d_dict)
+        error = at.target - at.straight - at.group.join(at.dictionary.combine(first))
+        return error.square().sum() / variance(at) + weight * fvu(at)
+
+    return term
+
+
+def matryoshka(fractions: Sequence[float]) -> Term:
+    """Mean FVU over nested prefixes of the dictionary; `fractions` of its width in each shell, summing to 1."""
+    if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise InterpError(f"shells {tuple(fractions)} must be positive fractions that sum to 1")
+
+    def term(at: Activity) -> Tensor:
+        codes = _sparse(at, "matryoshka")
+        output, loss, below, reached = at.straight, at.u.new_zeros(()), 0, 0.0
+        for fraction in fractions:
+            reached += fraction
+            upto = round(reached * codes.d_dict)
+            inside = (codes.indices >= below) & (codes.indices < upto)
+            output = output + at.dictionary.combine(codes.with_values(codes.values * inside))
+            loss = loss + (at.target - output).square().sum()
+            below = upto
+        return loss / (len(fractions) * variance(at))
+
+    return term
+
+
+def l1(at: Activity) -> Float[Tensor, ""]:
+    """Summed activation per token, each weighted by the norm of its feature."""
+    return at.weighted().sum() / at.n_tokens()
+
+
+def tanh(scale: float = 4.0) -> Term:
+    """A smooth count of active latents."""
+    return lambda at: (at.weighted() * scale).tanh().sum() / at.n_tokens()
+
+
+def l0_step(at: Activity) -> Float[Tensor, ""]:
+    """Number of active latents per token, with a straight-through gradient to the thresholds."""
+    jump, z = _jump(at)
+    return jump.fired(z).sum() / at.n_tokens()
+
+
+def pre_act(at: Activity) -> Float[Tensor, ""]:
+    """Pulls dead latents towards their thresholds."""
+    jump, z = _jump(at)
+    gap = (jump.threshold.to(z.dtype) - z).relu() * at.dictionary.W_dec.norm(dim=1)
+    return (gap * at.dead).sum() / at.n_tokens()
+
+
+def gate_l1(at: Activity) -> Float[Tensor, ""]:
+    """Summed open gates per token, each weighted by the norm of its feature."""
+    return (_gate(at) * at.dictionary.W_dec.norm(dim=1)).sum() / at.n_tokens()
+
+
+def gate_auxiliary(at: Activity) -> Float[Tensor, ""]:
+    """Squared error per token when the gates themselves are the code; trains the gate, not the decoder."""
+    output = _gate(at) @ at.dictionary.W_dec.detach() + at.dictionary.b_dec.detach()
+    return (output - at.target).square().sum() / at.n_tokens()
+
+
+def afa(at: Activity) -> Float[Tensor, ""]:
+    """Squared difference per token between the norm of the code and that of the input."""
+    norms = at.weighted().square().sum(-1).clamp_min(1e-12).sqrt()
+    return (norms - at.u.norm(dim=-1)).square().sum() / at.n_tokens()
+
+
+def auxk(at: Activity) -> Float[Tensor, ""]:
+    """How badly the dead latents reconstruct the error; 0 without dead latents."""
+    return auxk_loss(at.dictionary, at.u, at.error, at.dead, at.group)
 
 
 def auxk_loss(
-    sae: TopKSAE,
+    dictionary: SparseDictionary,
     u: Float[Tensor, "batch d_in"],
-    z: Float[Tensor, "batch d_dict"],
-    error: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_out"],
     dead: Bool[Tensor, "d_dict"],
+    group: Group | None = None,
 ) -> Float[Tensor, ""]:
-    """How badly the dead latents reconstruct the error; 0 without dead latents."""
+    """`auxk` of a given error; min(d_out / 2, number of dead) dead latents per token."""
+    group = group or Alone()
     pool = dead.nonzero()[:, 0]
-    k_aux = min(max(sae.d_in // 2, 1), len(pool))
+    k_aux = min(max(dictionary.d_out // 2, 1), len(pool))
     if k_aux == 0:
         return u.new_zeros(())
     with torch.no_grad():
-        selected, position = z[:, pool].topk(k_aux, dim=-1, sorted=False)
-        e = error.detach()
-        variance = (e - e.mean(0)).square().sum()
-    codes = sae.latents(u, selected, pool[position])
-    missed = (sae.combine(codes) - e).square().sum()
-    return torch.nan_to_num(missed / variance, nan=0.0, posinf=0.0)
+        weights = dictionary.W_enc.t()[pool].t()
+        selected, position = (u @ weights + dictionary.b_enc[pool]).topk(k_aux, dim=-1, sorted=False)
+        error = error.detach()
+        n_tokens = group.total(torch.tensor(float(len(u)), device=u.device))
+        mean = group.total(error.sum(0)) / n_tokens
+        spread = group.total((error - mean).square().sum())
+    revived = group.join(dictionary.combine(dictionary.latents(u, (selected, pool[position]))))
+    return torch.nan_to_num((revived - error).square().sum() / spread, nan=0.0, posinf=0.0)
+
+
+def _sparse(at: Activity, name: str) -> SparseCodes:
+    if at.codes is None:
+        raise InterpError(f"{name} needs an activation that selects latents, not {at.dictionary.activation.kind}")
+    return at.codes
+
+
+def _jump(at: Activity) -> tuple[JumpReLU, Tensor]:
+    activation = at.dictionary.activation
+    if not isinstance(activation, JumpReLU) or at.z is None:
+        raise InterpError(f"this penalty needs the jump_relu activation, not {activation.kind}")
+    return activation, at.z
+
+
+def _gate(at: Activity) -> Tensor:
+    if not isinstance(at.dictionary.activation, Gated) or at.z is None:
+        raise InterpError(f"this term needs the gated activation, not {at.dictionary.activation.kind}")
+    return at.z.relu()

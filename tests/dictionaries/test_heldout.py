@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from interp.core.errors import InterpError
+from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.baselines import PCADictionary, ZeroDictionary
+from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.examples import top_examples
 from interp.dictionaries.heldout import HeldOut, held_out, score, sequence_fvu
-from interp.dictionaries.sae import TopKSAE
 from interp.dictionaries.splice import loss_recovered, n_predicted, sequence_losses, spliced_losses
 from interp.instrument.capture import capture
 from interp.instrument.edits import clamp_feature, edited, set_to
@@ -76,7 +77,7 @@ def test_tokens_that_are_not_kept_keep_their_own_activation(model, record):
 
 def test_batch_split_does_not_matter(model, record):
     site = model.table.one("resid_post.1")
-    sae = TopKSAE.random(32, 64, 4, seed=0)
+    sae = SparseDictionary.random(32, 64, TopK(4), seed=0)
     one = spliced_losses(model, record, site, {"sae": sae}, everything(record), batch_size=4)["sae"]
     many = spliced_losses(model, record, site, {"sae": sae}, everything(record), batch_size=1)["sae"]
     torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-4)
@@ -86,7 +87,7 @@ def test_scores_agree_with_their_parts(model, record):
     site = model.table.one("resid_post.1")
     data = held_out(model, record, site, drop_norm=10.0, median=1e9)
     assert not bool(data.keep[:, 0].any()) and int(data.keep.sum()) == record.n_tokens - len(record)
-    sae = TopKSAE.random(32, 64, 4, seed=0)
+    sae = SparseDictionary.random(32, 64, TopK(4), seed=0)
     scores, base = score(model, data, {"sae": sae, "exact": identity(32)})
     assert float(scores["sae"].fvu.mean()) == pytest.approx(scores["sae"].evaluation.fvu, rel=1e-6)
     assert scores["exact"].evaluation.fvu == pytest.approx(0.0, abs=1e-9)
@@ -116,7 +117,7 @@ def test_examples_are_the_most_active_tokens_in_their_context(model, record):
     x = data.x.clone()
     x[2, 3], x[0, 5], x[1, 0] = 900.0, 800.0, 700.0  # latent 1 reads coordinate 0 alone
     planted = HeldOut(record=record, site=site, x=x, keep=data.keep)
-    sae = TopKSAE(32, 2, 1)
+    sae = SparseDictionary(32, 2, TopK(1))
     with torch.no_grad():
         sae.W_enc[0, 1] = 1.0
         sae.b_enc[1] = -500.0
@@ -128,7 +129,7 @@ def test_examples_are_the_most_active_tokens_in_their_context(model, record):
     first = table.iloc[0]
     assert (first["before"], first["token"], first["after"]) == ("".join(text[1:3]), text[3], "".join(text[4:6]))
     assert first["density"] == pytest.approx(3 / record.n_tokens)
-    silent = TopKSAE(32, 2, 1)
+    silent = SparseDictionary(32, 2, TopK(1))
     assert list(top_examples(silent, planted).columns) == list(table.columns)
     assert len(top_examples(silent, planted)) == 0
     with pytest.raises(InterpError, match="n_latents=0"):
@@ -144,24 +145,25 @@ def test_loss_recovered():
 
 def test_bad_input_is_named(model, record):
     site = model.table.one("resid_post.1")
-    sae = TopKSAE.random(32, 64, 4, seed=0)
+    sae = SparseDictionary.random(32, 64, TopK(4), seed=0)
     with pytest.raises(InterpError, match="no token is left to replace"):
         spliced_losses(model, record, site, {"sae": sae}, torch.zeros_like(record.mask))
     with pytest.raises(InterpError, match="keep has shape"):
         spliced_losses(model, record, site, {"sae": sae}, record.mask[:1])
     with pytest.raises(InterpError, match="width 32 do not fit a dictionary with d_in=8"):
-        spliced_losses(model, record, site, {"sae": TopKSAE.random(8, 16, 2, seed=0)}, record.mask)
+        spliced_losses(model, record, site, {"sae": SparseDictionary.random(8, 16, TopK(2), seed=0)}, record.mask)
 
 
 def test_clamping_a_latent_moves_the_activation_along_its_feature(model, record):
     """The edit and the dictionary agree on units: the latent read afterwards is the value asked for."""
     site = model.table.one("resid_post.1")
-    sae = TopKSAE(32, 3, 3)
+    sae = SparseDictionary(32, 3, TopK(3))
     with torch.no_grad():  # orthonormal rows: clamping one latent leaves the others
         sae.W_dec.copy_(torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(0))).Q.T)
         sae.W_enc.copy_(sae.W_dec.t())
         sae.b_enc.fill_(50.0)  # all latents positive
-        sae.scale.fill_(0.5)
+        sae.scale_in.fill_(0.5)
+        sae.scale_out.fill_(0.5)
     plain = sae.folded()
     with edited(model, clamp_feature(site, plain, 1, 123.0)), capture(model, site) as acts:
         model(record)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from interp.core.errors import InterpError
+from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.base import Dictionary, reconstruct, rows
 from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
+from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.metrics import Moments, evaluate, mean_max_cosine
-from interp.dictionaries.sae import TopKSAE
 from interp.dictionaries.sinks import ordinary
 
 
@@ -52,7 +53,7 @@ def test_fvu_does_not_drift_with_scale_or_offset():
 
 
 def test_l0_density_and_dead_latents_of_a_hand_made_dictionary():
-    sae = TopKSAE(3, 5, 2)
+    sae = SparseDictionary(3, 5, TopK(2))
     with torch.no_grad():
         sae.W_enc[:, :3] = torch.eye(3)
         sae.W_dec[:3] = torch.eye(3)

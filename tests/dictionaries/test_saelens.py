@@ -10,18 +10,19 @@ from safetensors.torch import load_file, save_file
 
 from interp.core.errors import ArtefactError
 from interp.core.sites import Part, Site
+from interp.dictionaries.activations.topk import TopK
+from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.formats.saelens import CONFIG, WEIGHTS, load_saelens, save_saelens
-from interp.dictionaries.losses import fvu_loss
-from interp.dictionaries.sae import TopKSAE
 
 
-def filled(k: int = 4) -> TopKSAE:
-    sae = TopKSAE.random(12, 30, k, seed=1)
+def filled(k: int = 4) -> SparseDictionary:
+    sae = SparseDictionary.random(12, 30, TopK(k), seed=1)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        sae.scale.fill_(0.25)
+        sae.scale_in.fill_(0.25)
+        sae.scale_out.fill_(0.25)
     return sae
 
 
@@ -42,11 +43,11 @@ def test_saelens_computes_the_same_latents_reconstructions_and_gradients(tmp_pat
     torch.testing.assert_close(theirs.encode(x), sae.encode(x).dense(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(theirs(x), sae(x), rtol=1e-5, atol=1e-5)
     ours = load_saelens(tmp_path / "d").requires_grad_(True)
-    fvu_loss(x, ours(x)).backward()
+    (x - ours(x)).square().sum().backward()
     theirs.requires_grad_(True)
-    ((x - theirs(x)).square().sum() / (x - x.mean(0)).square().sum()).backward()
+    (x - theirs(x)).square().sum().backward()
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        torch.testing.assert_close(getattr(ours, name).grad, getattr(theirs, name).grad, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(getattr(ours, name).grad, getattr(theirs, name).grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.needs_package("sae_lens")
@@ -69,7 +70,7 @@ def test_saving_twice_is_byte_identical_and_the_scale_is_applied_once(tmp_path):
     sae, x = filled(), inputs()
     save_saelens(sae, tmp_path / "a")
     again = load_saelens(tmp_path / "a")
-    assert float(again.scale) == 1.0
+    assert float(again.scale_in) == 1.0
     torch.testing.assert_close(again(x), sae(x), rtol=1e-5, atol=1e-5)
     save_saelens(again, tmp_path / "b")
     for name in (CONFIG, WEIGHTS):

@@ -10,18 +10,19 @@ import torch
 
 from interp.core.errors import InterpError
 from interp.core.progress import listening
+from interp.dictionaries.activations.topk import TopK
+from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.metrics import evaluate, mean_max_cosine
-from interp.dictionaries.sae import TopKSAE
+from interp.dictionaries.start import geometric_median
 from interp.dictionaries.train import (
     Stepper,
     TrainConfig,
-    geometric_median,
     initial,
-    learning_rate,
     normalise_decoder,
     project_decoder_grad,
     train_sae,
 )
+from interp.dictionaries.train_config import learning_rate
 
 
 def planted(d: int, n_truth: int, n_active: int, batch: int, seed: int):
@@ -45,7 +46,7 @@ def test_planted_directions_are_found():
     cfg = TrainConfig(d_dict=48, k=3, n_steps=700, batch_size=512, lr=3e-3, dead_after_tokens=20_000)
     trained = train_sae(batches, sample, cfg)
     held_out = list(itertools.islice(batches, 4))
-    chance = mean_max_cosine(truth, TopKSAE.random(24, 48, 3, seed=99).features)
+    chance = mean_max_cosine(truth, SparseDictionary.random(24, 48, TopK(3), seed=99).features)
     found = mean_max_cosine(truth, trained.sae.features)
     scored = evaluate(trained.sae, held_out)
     assert chance < 0.6
@@ -56,7 +57,7 @@ def test_planted_directions_are_found():
 
 
 def test_two_runs_are_bitwise_equal_and_another_seed_is_not():
-    def run(seed: int) -> TopKSAE:
+    def run(seed: int) -> SparseDictionary:
         _, batches = planted(8, 16, 2, 64, seed=3)
         return train_sae(batches, next(batches), TrainConfig(d_dict=16, k=2, n_steps=20, batch_size=64, seed=seed)).sae
 
@@ -92,13 +93,13 @@ def test_rows_are_unit_during_training_and_the_scale_is_folded_once():
     sample = 50 * next(batches)
     trained = train_sae((50 * x for x in batches), sample, TrainConfig(d_dict=16, k=2, n_steps=15, batch_size=64))
     assert trained.scale == pytest.approx(math.sqrt(8) / float(sample.norm(dim=1).mean()))
-    assert float(trained.sae.scale) == 1.0
+    assert float(trained.sae.scale_in) == 1.0
     torch.testing.assert_close(trained.sae.features.norm(dim=1) * trained.scale, torch.ones(16))
     assert not any(p.requires_grad for p in trained.sae.parameters())
 
 
 def test_scaling_the_data_scales_the_dictionary():
-    def run(factor: float) -> TopKSAE:
+    def run(factor: float) -> SparseDictionary:
         _, batches = planted(8, 16, 2, 64, seed=3)
         first = next(batches)
         return train_sae(
@@ -111,7 +112,7 @@ def test_scaling_the_data_scales_the_dictionary():
 
 
 def test_projection_removes_the_radial_gradient_and_nothing_else():
-    sae = TopKSAE.random(6, 9, 2, seed=0)
+    sae = SparseDictionary.random(6, 9, TopK(2), seed=0)
     gradient = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
     sae.W_dec.grad = gradient.clone()
     project_decoder_grad(sae)
@@ -184,7 +185,7 @@ def test_the_planted_case_of_the_method_card():
     truth, batches = planted(64, 256, 5, 512, seed=0)
     cfg = TrainConfig(d_dict=256, k=5, n_steps=2500, batch_size=512, lr=3e-3, dead_after_tokens=100_000)
     trained = train_sae(batches, next(batches), cfg)
-    chance = mean_max_cosine(truth, TopKSAE.random(64, 256, 5, seed=99).features)
+    chance = mean_max_cosine(truth, SparseDictionary.random(64, 256, TopK(5), seed=99).features)
     found = mean_max_cosine(truth, trained.sae.features)
     assert chance == pytest.approx(0.346, abs=0.01)
     assert found > 0.97, f"mean max cosine {found:.3f}, by chance {chance:.3f}"

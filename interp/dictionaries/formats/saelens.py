@@ -23,7 +23,8 @@ from torch import Tensor
 
 from interp.core.errors import ArtefactError, InterpError
 from interp.core.sites import Site
-from interp.dictionaries.sae import TopKSAE
+from interp.dictionaries.activations.topk import TopK
+from interp.dictionaries.dictionary import SparseDictionary
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 FORMAT_VERSION = "6.54.12"
@@ -34,11 +35,11 @@ FIXED = {
     "reshape_activations": "none",
     "rescale_acts_by_decoder_norm": False,
 }
-"""Options with the only value that a `TopKSAE` computes."""
+"""Options with the only value that a `SparseDictionary` computes."""
 
 
 def save_saelens(
-    sae: TopKSAE, folder: Path | str, *, site: Site | None = None, metadata: Mapping[str, Any] | None = None
+    sae: SparseDictionary, folder: Path | str, *, site: Site | None = None, metadata: Mapping[str, Any] | None = None
 ) -> Path:
     """Write a dictionary as a SAELens folder; an older dictionary there is replaced, other folders refused."""
     folder = Path(folder)
@@ -53,7 +54,7 @@ def save_saelens(
         "architecture": "topk",
         "d_in": plain.d_in,
         "d_sae": plain.d_dict,
-        "k": plain.k,
+        "k": _top_k(plain),
         "dtype": str(plain.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         **FIXED,
@@ -74,7 +75,7 @@ def save_saelens(
     return folder
 
 
-def load_saelens(folder: Path | str) -> TopKSAE:
+def load_saelens(folder: Path | str) -> SparseDictionary:
     """Read a SAELens top-k folder. Rows rescaled by their norm are folded, so the latents are those of SAELens."""
     folder = Path(folder)
     config, tensors = _config(folder), _weights(folder)
@@ -86,7 +87,7 @@ def load_saelens(folder: Path | str) -> TopKSAE:
         if tuple(tensors[name].shape) != shape:
             raise ArtefactError(f"{name} in {folder / WEIGHTS} is {tuple(tensors[name].shape)}, {CONFIG} says {shape}")
     try:
-        sae = TopKSAE(d_in, d_dict, k, dtype=tensors["W_dec"].dtype)
+        sae = SparseDictionary(d_in, d_dict, TopK(k), dtype=tensors["W_dec"].dtype)
     except InterpError as error:
         raise ArtefactError(f"{folder / CONFIG}: {error}") from error
     with torch.no_grad():
@@ -96,6 +97,12 @@ def load_saelens(folder: Path | str) -> TopKSAE:
         sae.W_dec.copy_(tensors["W_dec"] if norms is None else tensors["W_dec"] / norms[:, None])
         sae.b_dec.copy_(tensors["b_dec"])
     return sae.requires_grad_(False)
+
+
+def _top_k(sae: SparseDictionary) -> int:
+    if not isinstance(sae.activation, TopK):
+        raise InterpError(f"a {sae.activation.kind} dictionary cannot be written as top-k")
+    return sae.activation.k
 
 
 def _positive(config: Mapping[str, Any], name: str, folder: Path) -> int:

@@ -1,0 +1,97 @@
+"""What an activation is: the rule that turns pre-activations z = u W_enc + b_enc into sparse codes.
+
+It is passed into a `SparseDictionary` and saved with it. Two families:
+
+    sparse   picks few latents per token without a graph (`select`); gradients then run through the picked ones alone
+    dense    is a differentiable function of all pre-activations (`values`), with a penalty for sparsity
+
+`active` is what inference uses, `select` what training uses. Where the two differ (a batch-wide budget, gradients used
+for selection), the file of that activation says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from interp.core.errors import InterpError
+from interp.kernels.topk_encode import preactivations, topk_encode  # pyright: ignore[reportMissingImports]
+
+Selected = tuple[Tensor, Tensor]
+"""Pre-activations (batch, k) and their indices (batch, k); a slot that is not positive is not active."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """What an activation may look at: the centred input, the encoder, and on request more."""
+
+    u: Float[Tensor, "batch d_in"]
+    W_enc: Float[Tensor, "d_in d_dict"]
+    b_enc: Float[Tensor, "d_dict"]
+    W_dec: Float[Tensor, "d_dict d_out"]
+    gradient: Float[Tensor, "batch d_out"] | None = None
+    """d(model loss) / d(target), in the units of the dictionary's output; only gradient-aware selection asks for it."""
+    buffer: Tensor | None = None
+    """Memory for the pre-activations, kept between calls."""
+
+    @property
+    def d_dict(self) -> int:
+        return self.W_enc.shape[1]
+
+    def z(self) -> Float[Tensor, "batch d_dict"]:
+        """All pre-activations, without a graph; overwritten by the next call when there is a buffer."""
+        with torch.no_grad():
+            return preactivations(self.u, self.W_enc, self.b_enc, self.buffer)
+
+    def topk(self, k: int) -> Selected:
+        """The k largest pre-activations, in no order, without a graph."""
+        if k > self.d_dict:
+            raise InterpError(f"k={k} must lie in 1..d_dict={self.d_dict}; lower k or widen the dictionary")
+        with torch.no_grad():
+            return topk_encode(self.u, self.W_enc, self.b_enc, k, self.buffer)
+
+
+class Activation(nn.Module):
+    """Base of all activations; parameters and buffers of its own travel with the dictionary."""
+
+    kind: ClassVar[str]
+    dense: ClassVar[bool] = False
+    """Whether training differentiates through every pre-activation."""
+
+    def active(self, inputs: Inputs) -> Selected:
+        """The latents that fire at inference, by their pre-activations."""
+        raise NotImplementedError
+
+    def select(self, inputs: Inputs) -> Selected:
+        """Sparse kinds: the latents that take part in a training step, by their pre-activations."""
+        return self.active(inputs)
+
+    def amplitudes(
+        self, z: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], b_enc: Float[Tensor, "d_dict"]
+    ) -> Float[Tensor, "batch k"]:
+        """Codes of the latents that fire, from their (positive) pre-activations; a slot of 0 stays 0."""
+        return z
+
+    def values(self, z: Float[Tensor, "batch d_dict"], b_enc: Float[Tensor, "d_dict"]) -> Float[Tensor, "batch d_dict"]:
+        """Dense kinds: the codes as a differentiable function of the pre-activations."""
+        raise InterpError(f"{self.kind} has no dense form; it selects latents")
+
+    def observe(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> None:
+        """Called after each training step with its codes: running statistics such as a threshold."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """What rebuilds this activation, JSON values only; tensors travel in the state."""
+        return {}
+
+    @torch.no_grad()
+    def rescale(self, factors: Float[Tensor, "d_dict"]) -> None:
+        """Follow pre-activations that were multiplied by positive factors, so that codes are multiplied too."""
+
+    def homogeneous(self) -> bool:
+        """Whether positive factors on single pre-activations multiply the codes and change nothing else."""
+        return False

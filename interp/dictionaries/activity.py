@@ -1,0 +1,138 @@
+"""One batch seen through a dictionary in training: inputs, codes, output, error. What every loss term reads.
+
+Everything is in training units (inputs times scale_in, targets times scale_out). Codes are sparse or dense, by the
+activation; terms that do not care ask for `norms`, `l0`, `firings`. `group` sums over processes that hold other tokens
+or other latents; on one process it does nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from interp.dictionaries.activations.base import Selected
+from interp.dictionaries.codes import SparseCodes
+from interp.dictionaries.dictionary import SparseDictionary
+
+
+@runtime_checkable
+class Group(Protocol):
+    """The processes that train one dictionary together."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over processes that hold other tokens; no gradient."""
+        ...
+
+    def narrow(self, selected: Selected) -> Selected:
+        """Of latents selected on each process, those that stay when the latents of all processes compete."""
+        ...
+
+    def join(self, output: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
+        """Sum over processes that hold other latents; the gradient passes unchanged."""
+        ...
+
+    def reduce(self, parameters: dict[str, Tensor]) -> None:
+        """Make the gradients those of the whole batch."""
+        ...
+
+
+class Alone:
+    """A group of one process."""
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+    def narrow(self, selected: Selected) -> Selected:
+        return selected
+
+    def join(self, output: Tensor) -> Tensor:
+        return output
+
+    def reduce(self, parameters: dict[str, Tensor]) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Activity:
+    """One batch through one dictionary."""
+
+    dictionary: SparseDictionary
+    u: Float[Tensor, "batch d_in"]
+    target: Float[Tensor, "batch d_out"]
+    output: Float[Tensor, "batch d_out"]
+    codes: SparseCodes | None
+    """Sparse kinds: the codes of this step, in the graph."""
+    z: Float[Tensor, "batch d_dict"] | None
+    """Dense kinds: all pre-activations, in the graph."""
+    f: Float[Tensor, "batch d_dict"] | None
+    """Dense kinds: all codes, in the graph."""
+    dead: Bool[Tensor, "d_dict"]
+    """Latents that have been silent for too long."""
+    group: Group
+    straight: Float[Tensor, "batch d_out"] | Float[Tensor, ""]
+    """What the output holds besides f W_dec: b_dec and the skip path."""
+
+    @property
+    def error(self) -> Float[Tensor, "batch d_out"]:
+        return self.target - self.output
+
+    def n_tokens(self) -> Float[Tensor, ""]:
+        """Tokens of the batch, over all processes."""
+        return self.group.total(torch.tensor(float(len(self.u)), device=self.u.device))
+
+    @torch.no_grad()
+    def firings(self) -> Int[Tensor, "d_dict"]:
+        """At how many of this process' tokens each latent is active."""
+        if self.codes is not None:
+            return self.codes.firings()
+        assert self.f is not None
+        return (self.f != 0).sum(0)
+
+    def weighted(self) -> Float[Tensor, "batch k"]:
+        """f_i |d_i|, dense or in slots: what penalties and norms are about."""
+        norms = self.dictionary.W_dec.norm(dim=1)
+        if self.codes is not None:
+            return self.codes.values * norms[self.codes.indices]
+        assert self.f is not None
+        return self.f * norms
+
+
+def observe(
+    dictionary: SparseDictionary,
+    x: Float[Tensor, "batch d_in"],
+    y: Float[Tensor, "batch d_out"] | None = None,
+    *,
+    gradient: Float[Tensor, "batch d_out"] | None = None,
+    dead: Bool[Tensor, "d_dict"] | None = None,
+    buffer: Tensor | None = None,
+    group: Group | None = None,
+) -> Activity:
+    """Run one batch forward, as in training. `y` None is an autoencoder: the target is x."""
+    group = group or Alone()
+    u = dictionary.centred(x)
+    scaled = dictionary.normalised(x)[0] * dictionary.scale_in
+    target = scaled if y is None else y * dictionary.scale_out
+    codes = z = f = None
+    if dictionary.activation.dense:
+        z = torch.addmm(dictionary.b_enc, u, dictionary.W_enc)
+        f = dictionary.activation.values(z, dictionary.b_enc)
+        combined = f @ dictionary.W_dec
+    else:
+        with torch.no_grad():
+            inputs = dictionary.inputs(u, gradient=gradient, buffer=buffer)
+            selected = group.narrow(dictionary.activation.select(inputs))
+        codes = dictionary.latents(u, selected)
+        combined = dictionary.combine(codes)
+    straight: Tensor = dictionary.b_dec
+    if dictionary.W_skip is not None:
+        straight = straight + scaled @ dictionary.W_skip
+    if dead is None:
+        dead = torch.zeros(dictionary.d_dict, dtype=torch.bool, device=x.device)
+    return Activity(
+        dictionary=dictionary, u=u, target=target, output=group.join(combined) + straight, codes=codes, z=z, f=f,
+        dead=dead, group=group, straight=straight.expand_as(target),
+    )  # fmt: skip

@@ -1,0 +1,52 @@
+"""Replace dead latents by inputs that the dictionary reconstructs badly.
+
+For each latent silent for at least `dead_after_tokens`: draw a token with probability proportional to its squared
+error; its centred input, at norm 1, becomes the decoder row (where input and output are one space) and, at 0.2 of the
+mean norm of living encoder columns, the encoder column; its bias becomes 0 and its optimiser moments are cleared.
+Source: dictionary_learning's resampling, with the direction normalised. Nothing is drawn twice while tokens last.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from interp.core.seed import torch_generator
+from interp.dictionaries.activity import Activity
+from interp.dictionaries.dictionary import SparseDictionary
+from interp.dictionaries.train_config import TrainConfig
+
+
+@torch.no_grad()
+def resample(
+    sae: SparseDictionary,
+    optimiser: torch.optim.Optimizer,
+    at: Activity,
+    silent: Int[Tensor, "d_dict"],
+    cfg: TrainConfig,
+    step: int,
+) -> int:
+    """Replace dead latents in place and mark them as alive; returns how many."""
+    dead = (silent >= cfg.dead_after_tokens).nonzero()[:, 0]
+    errors = at.error.detach().square().sum(1)
+    n_drawn = min(len(dead), int((errors > 0).sum()))
+    if n_drawn == 0:
+        return 0
+    dead = dead[:n_drawn]
+    generator = torch_generator(cfg.seed, "resample", step)
+    drawn = torch.multinomial(errors.cpu().double(), n_drawn, generator=generator).to(errors.device)
+    directions = F.normalize(at.u[drawn], dim=1)
+    alive = silent < cfg.dead_after_tokens
+    norm = sae.W_enc.t()[alive].norm(dim=1).mean() if bool(alive.any()) else torch.ones((), device=silent.device)
+    sae.W_enc.t()[dead] = 0.2 * norm * directions
+    sae.W_dec[dead] = directions if sae.d_in == sae.d_out else F.normalize(at.error[drawn].detach(), dim=1)
+    sae.b_enc[dead] = 0
+    silent[dead] = 0
+    for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
+        for name, moment in optimiser.state.get(parameter, {}).items():
+            if name != "step":
+                rows = moment.t() if parameter is sae.W_enc else moment
+                rows[dead] = 0
+    return n_drawn
