@@ -15,6 +15,7 @@ After L. Gao et al., 2024 (https://arxiv.org/abs/2406.04093) and EleutherAI's sp
 
 import torch
 from interp.kernels.dispatch import HAS_TRITON, accumulator, check_codes, use_triton
+from interp.kernels.sampled import sampled_product
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -74,17 +75,15 @@ def by_latent(values: Tensor, indices: Tensor, d_dict: int) -> tuple[Tensor, Ten
 def values_grad_eager(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """The twin: grad [batch, d], indices [batch, k], W_dec [d_dict, d] -> [batch, k].
 
-    `embedding_bag`'s own backward for its per-sample weights is this product, without the [batch, k, d] gather.
+    A sampled product: neither the [batch, k, d] gather nor the [batch, d_dict] dense product is formed.
     """
     check_codes(indices, indices, W_dec.shape[0])
     if indices.numel() == 0:
         return W_dec.new_zeros(indices.shape)
-    dtype = accumulator(W_dec.dtype)
-    with torch.enable_grad():
-        weights = torch.zeros(indices.shape, dtype=dtype, device=W_dec.device, requires_grad=True)
-        summed = F.embedding_bag(indices, W_dec.detach().to(dtype), per_sample_weights=weights, mode="sum")
-        (sampled,) = torch.autograd.grad(summed, weights, grad.detach().to(dtype).contiguous())
-    return sampled.to(W_dec.dtype)
+    dtype, (batch, k) = accumulator(W_dec.dtype), indices.shape
+    starts = torch.arange(0, batch * k + 1, k, device=indices.device)
+    sampled = sampled_product(grad.detach().to(dtype), W_dec.detach().to(dtype), starts, indices.reshape(-1))
+    return sampled.view(batch, k).to(W_dec.dtype)
 
 
 def rows_grad_eager(values: Tensor, indices: Tensor, grad: Tensor, d_dict: int) -> Tensor:
