@@ -4,7 +4,8 @@ and ablation.
 PCA-k reconstructs with the k leading principal components of the training activations: the best that any k fixed
 directions can do. The random dictionary is the autoencoder before training (unit rows, tied encoder, same k), with
 its bias at the mean and one gain fitted by least squares on the training activations, so that it loses by its
-directions and not by its size. Zero ablation is the reference point of loss_recovered.
+directions and not by its size. Zero ablation is the reference point of loss_recovered. `shuffled_dims` destroys what
+a dictionary could find, keeping every coordinate's distribution: train on it, and see what is left.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.errors import InterpError
+from interp.core.seed import torch_generator
 from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.base import check_width
 from interp.dictionaries.codes import SparseCodes
@@ -76,6 +78,44 @@ class ZeroDictionary:
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "*batch d"]:
         return self.fill.expand(*codes.values.shape[:-1], self.d_in)
+
+
+@dataclass(frozen=True, eq=False)
+class IdentityDictionary:
+    """Features +e_i and -e_i, codes the positive and the negative part of x: reconstructs exactly, without sparsity."""
+
+    d: int
+
+    @property
+    def d_in(self) -> int:
+        return self.d
+
+    @property
+    def d_dict(self) -> int:
+        return 2 * self.d
+
+    @property
+    def features(self) -> Float[Tensor, "d_dict d"]:
+        return torch.cat([torch.eye(self.d), -torch.eye(self.d)])
+
+    def encode(self, x: Float[Tensor, "*batch d"]) -> SparseCodes:
+        check_width(x, self.d)
+        axis = torch.arange(self.d, device=x.device)
+        return SparseCodes(x.abs(), torch.where(x < 0, axis + self.d, axis), self.d_dict)
+
+    def decode(self, codes: SparseCodes) -> Float[Tensor, "*batch d"]:
+        dense = codes.dense()
+        return dense[..., : self.d] - dense[..., self.d :]
+
+
+@torch.no_grad()
+def shuffled_dims(x: Float[Tensor, "n d"], *, seed: int) -> Float[Tensor, "n d"]:
+    """Every coordinate shuffled over the tokens by an order of its own: same marginals, no structure between them."""
+    generator = torch_generator(seed, "shuffled-dims")
+    shuffled = torch.empty_like(x)
+    for i in range(x.shape[1]):
+        shuffled[:, i] = x[torch.randperm(len(x), generator=generator).to(x.device), i]
+    return shuffled
 
 
 @torch.no_grad()

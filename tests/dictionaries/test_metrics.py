@@ -8,7 +8,7 @@ import torch
 from interp.core.errors import InterpError
 from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.base import Dictionary, reconstruct, rows
-from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
+from interp.dictionaries.baselines import IdentityDictionary, ZeroDictionary, fit_pca, random_dictionary, shuffled_dims
 from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.metrics import Moments, evaluate, mean_max_cosine
 from interp.dictionaries.sinks import ordinary
@@ -133,3 +133,57 @@ def test_bad_input_is_named(call, message):
 def test_baselines_are_dictionaries():
     x = cloud()
     assert isinstance(fit_pca(x, 2), Dictionary) and isinstance(ZeroDictionary(x[0]), Dictionary)
+
+
+def test_reconstruction_metrics_are_those_of_a_loop_for_any_batch_size():
+    x = cloud()
+    sae = random_dictionary(x, 30, 4, seed=0)
+    x_hat = reconstruct(sae, x)
+    cosine = sum(float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(x, x_hat, strict=True)) / 400
+    ratio = sum(float(b.norm() / a.norm()) for a, b in zip(x, x_hat, strict=True)) / 400
+    gamma = sum(float(b @ b) for b in x_hat) / sum(float(a @ b) for a, b in zip(x, x_hat, strict=True))
+    for size in (1, 7, 1000):
+        scored = evaluate(sae, rows(x, size))
+        assert scored.mse == pytest.approx(float((x - x_hat).square().mean()), rel=1e-4)
+        assert scored.cosine == pytest.approx(cosine, rel=1e-5)
+        assert scored.norm_ratio == pytest.approx(ratio, rel=1e-5)
+        assert scored.gamma == pytest.approx(gamma, rel=1e-5)
+
+
+def test_gamma_is_the_factor_that_a_least_squares_rescaling_would_undo():
+    x = cloud()
+    scored = evaluate(fit_pca(x, 10), [x])
+    assert scored.gamma == pytest.approx(1.0, abs=1e-6) and scored.cosine == pytest.approx(1.0, abs=1e-6)
+    shrunk = Moments()
+    shrunk.update(x, 0.8 * x)
+    assert shrunk.gamma == pytest.approx(0.8) and shrunk.norm_ratio == pytest.approx(0.8)
+    zero = evaluate(ZeroDictionary(torch.zeros(10)), [x])
+    assert zero.gamma is None and zero.cosine == 0.0 and zero.norm_ratio == 0.0
+
+
+def test_dense_latents_and_pairs_of_input_and_target():
+    x = torch.zeros(100, 3)
+    x[:50, 0], x[:10, 1], x[:2, 2] = 1.0, 1.0, 1.0
+    scored = evaluate(IdentityDictionary(3), [x])
+    assert scored.dense_fraction == pytest.approx(1 / 6) and scored.dead_fraction == pytest.approx(1 / 2)
+    assert scored.fvu == pytest.approx(0.0)
+    target = 2 * x
+    assert evaluate(IdentityDictionary(3), [(x, target)]).norm_ratio == pytest.approx(0.5 * 0.5)  # half the rows are 0
+    assert evaluate(IdentityDictionary(3), [(x, x), (x, x)]).n_tokens == 200
+
+
+def test_the_identity_dictionary_splits_signs():
+    x = torch.tensor([[1.0, -2.0, 0.0]])
+    identity = IdentityDictionary(3)
+    assert identity.encode(x).dense().tolist() == [[1.0, 0.0, 0.0, 0.0, 2.0, 0.0]]
+    assert torch.equal(identity.decode(identity.encode(x)), x)
+    torch.testing.assert_close(identity.encode(x).dense() @ identity.features, x)
+
+
+def test_shuffled_dimensions_keep_marginals_and_lose_correlations():
+    x = cloud(2000)
+    x[:, 1] = x[:, 0]
+    shuffled = shuffled_dims(x, seed=0)
+    assert torch.equal(shuffled.sort(0).values, x.sort(0).values)
+    assert abs(float(torch.corrcoef(shuffled.T)[0, 1])) < 0.1 and float(torch.corrcoef(x.T)[0, 1]) > 0.99
+    assert torch.equal(shuffled_dims(x, seed=0), shuffled) and not torch.equal(shuffled_dims(x, seed=1), shuffled)
