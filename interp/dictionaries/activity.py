@@ -66,6 +66,8 @@ class Activity:
     output: Float[Tensor, "batch d_out"]
     codes: SparseCodes | None
     """Sparse kinds: the codes of this step, in the graph."""
+    wide: SparseCodes | None
+    """Sparse kinds: all that was selected for training; the codes and, for multi-top-k, more."""
     z: Float[Tensor, "batch d_dict"] | None
     """Dense kinds: all pre-activations, in the graph."""
     f: Float[Tensor, "batch d_dict"] | None
@@ -116,7 +118,7 @@ def observe(
     u = dictionary.centred(x)
     scaled = dictionary.normalised(x)[0] * dictionary.scale_in
     target = scaled if y is None else y * dictionary.scale_out
-    codes = z = f = None
+    codes = wide = z = f = None
     if dictionary.activation.dense:
         z = torch.addmm(dictionary.b_enc, u, dictionary.W_enc)
         f = dictionary.activation.values(z, dictionary.b_enc)
@@ -125,7 +127,9 @@ def observe(
         with torch.no_grad():
             inputs = dictionary.inputs(u, gradient=gradient, buffer=buffer)
             selected = group.narrow(dictionary.activation.select(inputs))
-        codes = dictionary.latents(u, selected)
+        codes = wide = dictionary.latents(u, selected)
+        if dictionary.activation.n_slots is not None:
+            codes = wide.first(dictionary.activation.n_slots)
         combined = dictionary.combine(codes)
     straight: Tensor = dictionary.b_dec
     if dictionary.W_skip is not None:
@@ -133,6 +137,6 @@ def observe(
     if dead is None:
         dead = torch.zeros(dictionary.d_dict, dtype=torch.bool, device=x.device)
     return Activity(
-        dictionary=dictionary, u=u, target=target, output=group.join(combined) + straight, codes=codes, z=z, f=f,
+        dictionary=dictionary, u=u, target=target, output=group.join(combined) + straight, codes=codes, wide=wide, z=z, f=f,
         dead=dead, group=group, straight=straight.expand_as(target),
     )  # fmt: skip

@@ -55,6 +55,11 @@ class SparseCodes:
         """Other values at the same latents, decoded in the same way."""
         return SparseCodes(values, self.indices, self.d_dict, self.gain, self.offset)
 
+    def first(self, n_slots: int) -> SparseCodes:
+        """The first slots of each token alone."""
+        values, indices = self.values[..., :n_slots], self.indices[..., :n_slots]
+        return SparseCodes(values, indices, self.d_dict, self.gain, self.offset)
+
     def dense(self) -> Float[Tensor, "*batch d_dict"]:
         """One column per latent; a latent listed twice is summed."""
         zeros = self.values.new_zeros(*self.values.shape[:-1], self.d_dict)

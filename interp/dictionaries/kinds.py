@@ -112,6 +112,6 @@ def make_objective(cfg: TrainConfig) -> Objective:
         case "matryoshka":
             return Objective(reconstruction=losses.matryoshka(cfg.shells), auxiliary=auxk)
         case "multi_topk":
-            return Objective(reconstruction=losses.multi_topk(cfg.k), auxiliary=auxk)
+            return Objective(reconstruction=losses.multi_topk(), auxiliary=auxk)
         case _:
             return Objective(reconstruction=losses.fvu, auxiliary=auxk)

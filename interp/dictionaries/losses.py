@@ -3,7 +3,7 @@
 Reconstruction
     fvu          sum |y - y_hat|^2 / sum |y - mean y|^2                       over the batch's tokens and coordinates
     squared      mean over tokens of |y - y_hat|^2
-    multi_topk   fvu of the k largest, plus 1/8 of the fvu of all that were selected     (Gao et al., section 4.3)
+    multi_topk   fvu of the code, plus 1/8 of the fvu of all that was selected           (Gao et al., section 4.3)
     matryoshka   mean over prefixes m_1 < ... < m_G of the fvu with the first m_g latents alone      (Bussmann et al.)
 Sparsity
     l1           mean over tokens of sum_i f_i |d_i|
@@ -58,14 +58,16 @@ def squared(at: Activity) -> Float[Tensor, ""]:
     return at.error.square().sum() / at.n_tokens()
 
 
-def multi_topk(k: int, weight: float = 1 / 8) -> Term:
-    """FVU with the k first slots, and a little of the FVU with all slots."""
+def multi_topk(weight: float = 1 / 8) -> Term:
+    """FVU of the code, and a little of the FVU with every latent that was selected."""
 
     def term(at: Activity) -> Tensor:
-        codes = _sparse(at, "multi_topk")
-        first = SparseCodes(codes.values[:, :k], codes.indices[:, :k], codes.d_dict)
-        error = at.target - at.straight - at.group.join(at.dictionary.combine(first))
-        return error.square().sum() / variance(at) + weight * fvu(at)
+        if at.wide is None:
+            raise InterpError(
+                f"multi_topk needs an activation that selects latents, not {at.dictionary.activation.kind}"
+            )
+        error = at.target - at.straight - at.group.join(at.dictionary.combine(at.wide))
+        return fvu(at) + weight * error.square().sum() / variance(at)
 
     return term
 

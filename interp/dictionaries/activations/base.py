@@ -63,6 +63,11 @@ class Activation(nn.Module):
     dense: ClassVar[bool] = False
     """Whether training differentiates through every pre-activation."""
 
+    @property
+    def n_slots(self) -> int | None:
+        """How many of the slots that training selects are the code itself, from the first on; None for all."""
+        return None
+
     def active(self, inputs: Inputs) -> Selected:
         """The latents that fire at inference, by their pre-activations."""
         raise NotImplementedError

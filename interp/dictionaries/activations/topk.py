@@ -27,6 +27,10 @@ class TopK(Activation):
         self.k = k
         self.n_train = n_train
 
+    @property
+    def n_slots(self) -> int | None:
+        return self.k if self.n_train > self.k else None
+
     def active(self, inputs: Inputs) -> Selected:
         return inputs.topk(self.k)
 
