@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interp.kernels.segments import by_latent
 from interp.kernels.sparse_autograd import sparse_decode, sparse_encode
 from interp.kernels.sparse_decode import decode, decode_eager
-from interp.kernels.sparse_grad import by_latent, rows_grad_eager, values_grad_eager
+from interp.kernels.sparse_grad import rows_grad_eager, values_grad_eager
 from interp.kernels.topk_encode import preactivations, topk_encode
 
 BATCH, D, D_DICT, K = 17, 24, 64, 5
@@ -135,13 +136,11 @@ def test_empty_batch_and_no_latent():
     assert rows_grad_eager(torch.zeros(3, 0), none, torch.ones(3, D), D_DICT).abs().sum() == 0
 
 
-def test_segments_hold_the_tokens_of_each_latent_in_order():
-    values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+def test_segments_hold_the_slots_of_each_latent_in_order():
     indices = torch.tensor([[2, 0], [2, 2], [0, 4]])
-    sorted_values, tokens, starts = by_latent(values, indices, 5)
+    slots, starts = by_latent(indices, 5)
     assert starts.tolist() == [0, 2, 2, 5, 5, 6]
-    assert sorted_values.tolist() == [2.0, 5.0, 1.0, 3.0, 4.0, 6.0]
-    assert tokens.tolist() == [0, 2, 0, 1, 1, 2]
+    assert slots.tolist() == [1, 4, 0, 2, 3, 5]
 
 
 def test_topk_is_exact_on_ties_and_reuses_its_buffer():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interp.kernels.segments import by_latent, pieces
 
 from interp.kernels import sparse_decode as sd
 from interp.kernels import sparse_grad as sg
@@ -108,6 +109,26 @@ def test_a_hot_latent_and_unused_latents_are_summed_in_one_order():
     assert torch.equal(first, sg.rows_grad_triton(values, indices, grad, 8))
     close(first, dense(values, indices, 8).T @ grad.double(), torch.float32)
     assert first[torch.arange(8) != 5].abs().max() == 0
+
+
+@pytest.mark.parametrize("piece", [1, 2, 16, 256])
+def test_long_segments_are_summed_in_pieces(piece):
+    """One latent has 75 slots, one has exactly 16, one exactly 1, the rest none."""
+    values, _, _, grad = case(46, 2, 70, 9, torch.float32)
+    indices = torch.full((46, 2), 5, device=DEVICE)
+    indices[10:18] = 2
+    indices[30, 1] = 8
+    segments = by_latent(indices, 9)
+    cut = pieces(segments, piece)
+    counts = segments.starts.diff()
+    assert counts.tolist() == [0, 0, 16, 0, 0, 75, 0, 0, 1]
+    assert cut.count.tolist() == [max(-(-c // piece), 1) for c in counts.tolist()]
+    assert cut.owner[: int(cut.count.sum())].tolist() == torch.arange(9).repeat_interleave(cut.count.cpu()).tolist()
+    assert (cut.owner[int(cut.count.sum()) :] == 9).all()
+    assert int(cut.count[cut.count > 1].sum()) <= cut.n_spill
+    found = sg.rows_grad_triton(values, indices, grad, 9, segments, piece)
+    close(found, dense(values, indices, 9).T @ grad.double(), torch.float32)
+    assert torch.equal(found, sg.rows_grad_triton(values, indices, grad, 9, None, piece))
 
 
 def test_nothing_is_written_outside_the_output():
