@@ -76,6 +76,8 @@ def rebuilt(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Spar
         )
         for name in ("scale_in", "scale_out"):  # a number, or one per coordinate
             setattr(made, name, torch.empty_like(tensors[name]))
+        for name, own in made.activation.named_parameters():  # thresholds that were read from a file are float64
+            own.data = own.data.to(tensors[f"activation.{name}"].dtype)
         made.load_state_dict(dict(tensors))
     except (KeyError, TypeError, AttributeError, RuntimeError, InterpError) as error:
         raise ArtefactError(f"the weights do not fit their description: {error}") from error
