@@ -36,12 +36,20 @@ def rounded_up(values: Tensor) -> Tensor:
     return (values + values.abs() * 2.0**-7).bfloat16()
 
 
-def lower_encoder(W_enc: Tensor, b_enc: Tensor, workspace: Workspace) -> Lowered:
-    """w' of every latent, and the figures that a threshold is guessed from."""
-    key = (W_enc.data_ptr(), W_enc._version, b_enc.data_ptr(), b_enc._version, *W_enc.shape, *W_enc.stride())
+def _identity(tensor: Tensor) -> tuple[float, ...]:
+    if tensor.numel() == 1:
+        return (float(tensor),)
+    return (tensor.data_ptr(), tensor._version, *tensor.shape, *tensor.stride())
+
+
+def lower_encoder(W_enc: Tensor, b_enc: Tensor, workspace: Workspace, theta: Tensor | None = None) -> Lowered:
+    """w' of every latent, and the figures that a threshold is guessed from; bounds are on z - theta where given."""
+    key = (*_identity(W_enc), *_identity(b_enc), *(() if theta is None else _identity(theta)))
     cached = workspace.cached(key)
     if cached is not None:
         return cached
+    if theta is not None:
+        b_enc = b_enc - theta
     d, m = W_enc.shape
     width, length = -(-m // PAD) * PAD, -(-(d + EXTRA) // 8) * 8
     rows = workspace.take("encoder", width, length, torch.bfloat16, "cpu")

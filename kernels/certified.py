@@ -63,9 +63,11 @@ def guess(bounds: Tensor, k: int) -> Tensor:
     return maxima.float().topk(k, sorted=False).values.amin(1).to(torch.int16).view(torch.bfloat16)
 
 
-def candidates(bounds: Tensor, threshold: Tensor, limit: int, workspace: Workspace) -> tuple[Tensor, Tensor] | None:
+def candidates(
+    bounds: Tensor, threshold: Tensor, limit: int, workspace: Workspace, *, whole: bool = False
+) -> tuple[Tensor, Tensor] | None:
     """CSR of all (row, latent) with bounds >= threshold, threshold bfloat16 and positive; rows over `limit` are left
-    empty. None if there are more than `limit` a row on average."""
+    empty, unless `whole` is asked for. None if there are more than `limit` a row on average."""
     batch, width = bounds.shape
     mask = workspace.take("mask", batch, width, torch.bool, "cpu")
     torch.ge(bounds.view(torch.int16), threshold.view(torch.int16)[:, None], out=mask)
@@ -77,7 +79,7 @@ def candidates(bounds: Tensor, threshold: Tensor, limit: int, workspace: Workspa
     flat = hits[inside[:, 0]] * 8 + inside[:, 1]
     rows = flat // width
     counts = torch.bincount(rows, minlength=batch)
-    if int(counts.max()) > limit:
+    if not whole and int(counts.max()) > limit:
         flat = flat[(counts <= limit)[rows]]
         counts = torch.where(counts <= limit, counts, 0)
     starts = F.pad(counts.cumsum(0), (1, 0))

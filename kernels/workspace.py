@@ -54,7 +54,8 @@ class Workspace:
 
     fast: whether to select by certified bfloat16 bounds on a CPU. None decides by the CPU's instructions and the shape,
         so that equal inputs take the same path in every run.
-    frozen: promise that the encoder does not change between calls, so that its bfloat16 copy is made once.
+    frozen: promise that the encoder does not change between calls, so that its bfloat16 copy is made once; after a
+        change that its version counter does not see (`.data`), call `forget`.
     """
 
     def __init__(self, *, fast: bool | None = None, frozen: bool = False) -> None:
@@ -62,7 +63,7 @@ class Workspace:
         self.frozen = frozen
         self.counters = Counters()
         self._buffers: dict[str, Tensor] = {}
-        self._lowered: tuple[tuple[int, ...], Lowered] | None = None
+        self._lowered: tuple[tuple[float, ...], Lowered] | None = None
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """A [rows, columns] matrix with undefined content; the same memory as the last one of this name."""
@@ -72,11 +73,11 @@ class Workspace:
             held = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(rows, columns)
 
-    def cached(self, key: tuple[int, ...]) -> Lowered | None:
+    def cached(self, key: tuple[float, ...]) -> Lowered | None:
         """The bfloat16 encoder made for `key`, if the caller promised that it still holds."""
         return self._lowered[1] if self.frozen and self._lowered is not None and self._lowered[0] == key else None
 
-    def keep(self, key: tuple[int, ...], lowered: Lowered) -> None:
+    def keep(self, key: tuple[float, ...], lowered: Lowered) -> None:
         self._lowered = (key, lowered)
 
     def forget(self) -> None:
