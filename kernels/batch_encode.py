@@ -15,13 +15,17 @@ Papers: B. Bussmann et al., BatchTopK sparse autoencoders, 2024, https://arxiv.o
 EleutherAI's sparsify.
 """
 
+from typing import Any
+
 import torch
 from interp.kernels.bounds import lower_encoder, upper_bounds
 from interp.kernels.certified import CHUNK_BYTES, candidates, suits
+from interp.kernels.dispatch import one_type, plain
 from interp.kernels.sampled import sampled_product
 from interp.kernels.topk_encode import preactivations
 from interp.kernels.workspace import Workspace
 from torch import Tensor
+from torch.library import custom_op, get_ctx
 from torch.nn import functional as F
 
 Buffer = Tensor | Workspace | None
@@ -174,25 +178,40 @@ def certified_threshold(
 # What callers use
 
 
+def _try_fast(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, buffer: Buffer, search: Any) -> Any:
+    """The certified answer, where the fast path suits and finds one."""
+    if isinstance(buffer, Tensor):
+        return None
+    workspace = buffer or Workspace()
+    counters, rows = workspace.counters, x.shape[0]
+    if not suits(x, W_enc, b_enc, k, workspace):
+        counters.plain += rows
+        return None
+    counters.fast += rows
+    with plain(x.device):
+        found = search(workspace)
+    if found is None:
+        counters.dense += rows
+    return found
+
+
 @torch.no_grad()
 def batch_topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k_total: int, buffer: Buffer = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k_total largest positive pre-activations of the batch -> (selected, indices), both [batch, slots], and the
     smallest of them, a scalar (0 if none is positive)."""
-    if not 1 <= k_total <= x.shape[0] * W_enc.shape[1] and x.shape[0]:
-        raise ValueError(f"k_total={k_total} is not in 1..batch*d_dict={x.shape[0] * W_enc.shape[1]}")
-    workspace = Workspace() if buffer is None else buffer
-    if isinstance(workspace, Workspace):
-        if suits(x, W_enc, b_enc, -(-k_total // max(len(x), 1)), workspace):
-            workspace.counters.fast += len(x)
-            found = certified_batch_topk(x, W_enc, b_enc, k_total, workspace)
-            if found is not None:
-                return found
-            workspace.counters.dense += len(x)
-        else:
-            workspace.counters.plain += len(x)
-    return batch_topk_encode_eager(x, W_enc, b_enc, k_total, buffer)
+    x, W_enc, b_enc = one_type(x, W_enc, b_enc)
+    if torch.compiler.is_compiling():
+        return batch_topk_encode_op(x, W_enc, b_enc, k_total)
+    most = x.shape[0] * W_enc.shape[1]
+    if not 1 <= k_total <= max(most, 1) and x.shape[0]:
+        raise ValueError(f"k_total={k_total} is not in 1..batch*d_dict={most}")
+    found = _try_fast(
+        x, W_enc, b_enc, -(-k_total // max(x.shape[0], 1)), buffer,
+        lambda workspace: certified_batch_topk(x, W_enc, b_enc, k_total, workspace),
+    )  # fmt: skip
+    return batch_topk_encode_eager(x, W_enc, b_enc, k_total, buffer) if found is None else found
 
 
 @torch.no_grad()
@@ -200,23 +219,59 @@ def threshold_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor | float, buffer: Buffer = None
 ) -> tuple[Tensor, Tensor]:
     """All pre-activations above theta, a number or one per latent -> (selected, indices), both [batch, slots]."""
-    theta = torch.as_tensor(theta, dtype=b_enc.dtype, device=b_enc.device)
+    theta = torch.as_tensor(theta, device=b_enc.device)
     if theta.ndim > 1 or theta.numel() not in (1, W_enc.shape[1]):
         raise ValueError(f"theta {tuple(theta.shape)} is neither a number nor one per latent of {W_enc.shape[1]}")
-    workspace = Workspace() if buffer is None else buffer
-    if isinstance(workspace, Workspace):
-        if suits(x, W_enc, b_enc, 1, workspace):
-            workspace.counters.fast += len(x)
-            found = certified_threshold(x, W_enc, b_enc, theta, workspace)
-            if found is not None:
-                return found
-            workspace.counters.dense += len(x)
-        else:
-            workspace.counters.plain += len(x)
-    return threshold_encode_eager(x, W_enc, b_enc, theta, buffer)
+    x, W_enc, b_enc = one_type(x, W_enc, b_enc)
+    level = theta.to(x.dtype)
+    if torch.compiler.is_compiling():
+        return threshold_encode_op(x, W_enc, b_enc, level)
+    found = _try_fast(
+        x, W_enc, b_enc, 1, buffer, lambda workspace: certified_threshold(x, W_enc, b_enc, level, workspace)
+    )
+    return threshold_encode_eager(x, W_enc, b_enc, level, buffer) if found is None else found
 
 
 @torch.no_grad()
 def groupmax_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, buffer: Buffer = None) -> tuple[Tensor, Tensor]:
     """The largest pre-activation of each of k groups of consecutive latents and its index, both [batch, k]."""
+    group_size(k, W_enc)
+    if torch.compiler.is_compiling():
+        return groupmax_encode_op(*one_type(x, W_enc, b_enc), k)
     return groupmax_encode_eager(x, W_enc, b_enc, k, buffer)
+
+
+@custom_op("interp::batch_topk_encode", mutates_args=())
+def batch_topk_encode_op(x: Tensor, W_enc: Tensor, b_enc: Tensor, k_total: int) -> tuple[Tensor, Tensor, Tensor]:
+    return batch_topk_encode(x, W_enc, b_enc, k_total)
+
+
+@custom_op("interp::threshold_encode", mutates_args=())
+def threshold_encode_op(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    return threshold_encode(x, W_enc, b_enc, theta)
+
+
+@custom_op("interp::groupmax_encode", mutates_args=())
+def groupmax_encode_op(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return groupmax_encode(x, W_enc, b_enc, k)
+
+
+def _slots(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As many slots as the data will need."""
+    slots = get_ctx().new_dynamic_size()
+    return x.new_empty(x.shape[0], slots), x.new_empty(x.shape[0], slots, dtype=torch.int64)
+
+
+@batch_topk_encode_op.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k_total: int) -> tuple[Tensor, Tensor, Tensor]:
+    return *_slots(x), x.new_empty(())
+
+
+@threshold_encode_op.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    return _slots(x)
+
+
+@groupmax_encode_op.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)

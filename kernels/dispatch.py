@@ -35,3 +35,22 @@ def check_codes(values: Tensor, indices: Tensor, d_dict: int) -> None:
         raise ValueError(f"indices are {indices.dtype}, expected int32 or int64")
     if values.shape[1] > 0 and d_dict == 0:
         raise ValueError("codes with k > 0 need a dictionary with at least one row")
+
+
+def plain(device: torch.device) -> torch.autocast:
+    """Autocast off: what is inside chooses its own types."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def one_type(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """The operands of a product in one dtype: autocast's on an accelerator, otherwise the widest of theirs.
+
+    On a CPU autocast changes nothing: float32 selection runs on bfloat16 products there anyway, and stays exact.
+    """
+    device, dtype = x.device.type, x.dtype
+    if device != "cpu" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        for weight in weights:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    return tuple(t.to(dtype) for t in (x, *weights))

@@ -14,7 +14,7 @@ Call these through `interp.kernels.sparse_autograd`.
 from typing import Any
 
 import torch
-from interp.kernels.dispatch import accumulator
+from interp.kernels.dispatch import accumulator, plain
 from interp.kernels.segments import Segments, by_latent
 from interp.kernels.sparse_decode import decode
 from interp.kernels.sparse_grad import latent_sums, rows_grad, values_grad
@@ -22,11 +22,6 @@ from torch import Tensor
 from torch.library import custom_op
 
 Gradients = tuple[Tensor | None, ...]
-
-
-def plain(device: torch.device) -> torch.autocast:
-    """Autocast off: what is inside chooses its own types."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def given(slots: Tensor | None, starts: Tensor | None) -> Segments | None:

@@ -6,21 +6,25 @@ them, so tests compare values, not indices. Selected pre-activations may be nega
 
 Paths: `topk_encode_eager` is the specification, 2*B*d*m FLOP in the inputs' own precision and B*m numbers written and
 read once. On a CPU with bfloat16 instructions, `interp.kernels.certified` selects float32 inputs by certified
-bounds. `buffer` keeps memory between calls: a `Workspace`, or a plain tensor for the dense pre-activations, which then
+bounds. Under `torch.compile` both are one opaque operator, without a buffer. `buffer` keeps memory between calls: a `Workspace`, or a plain tensor for the dense pre-activations, which then
 are all written there. Freshly allocated memory has to be paged in, at a fraction of the speed of a copy.
 """
 
 import torch
 from interp.kernels.certified import certified_topk, suits
+from interp.kernels.dispatch import one_type, plain
 from interp.kernels.workspace import Workspace
 from torch import Tensor
+from torch.library import custom_op
 
 
 def preactivations(x: Tensor, W_enc: Tensor, b_enc: Tensor, buffer: Tensor | Workspace | None = None) -> Tensor:
     """z = x @ W_enc + b_enc, [batch, d_dict], written into the first rows of `buffer` where it fits."""
+    x, W_enc, b_enc = one_type(x, W_enc, b_enc)
     shape = (x.shape[0], W_enc.shape[1])
     if buffer is None:
-        return torch.addmm(b_enc, x, W_enc)
+        with plain(x.device):
+            return torch.addmm(b_enc, x, W_enc)
     if isinstance(buffer, Workspace):
         buffer = buffer.take("dense", *shape, x.dtype, x.device)
     if buffer.shape[0] < shape[0] or buffer.shape[1:] != shape[1:] or buffer.dtype != x.dtype:
@@ -51,9 +55,23 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """x [batch, d_in], W_enc [d_in, d_dict], b_enc [d_dict] -> pre-activations and indices, both [batch, k]."""
     check_k(k, W_enc)
+    if torch.compiler.is_compiling():
+        return topk_encode_op(*one_type(x, W_enc, b_enc), k)
+    x, W_enc, b_enc = one_type(x, W_enc, b_enc)
     if not isinstance(buffer, Tensor):
         workspace = buffer or Workspace()
         if suits(x, W_enc, b_enc, k, workspace):
-            return certified_topk(x, W_enc, b_enc, k, workspace)
+            with plain(x.device):
+                return certified_topk(x, W_enc, b_enc, k, workspace)
         workspace.counters.plain += x.shape[0]
     return topk_encode_eager(x, W_enc, b_enc, k, buffer)
+
+
+@custom_op("interp::topk_encode", mutates_args=())
+def topk_encode_op(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return topk_encode(x, W_enc, b_enc, k)
+
+
+@topk_encode_op.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
