@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,7 @@ class Probe:
 
 def fit_probe(x: Float[Tensor, "n d"], y: Bool[Tensor, "n"], *, penalty: float = 1.0, l1: bool = False) -> Probe:
     """Logistic regression on standardised columns, given back for the columns as they are."""
+    import sklearn  # pyright: ignore[reportMissingTypeStubs]
     from sklearn.linear_model import LogisticRegression  # pyright: ignore[reportMissingTypeStubs]
 
     if not bool(y.any()) or bool(y.all()):
@@ -92,7 +94,9 @@ def fit_probe(x: Float[Tensor, "n d"], y: Bool[Tensor, "n"], *, penalty: float =
     scale = torch.where(std > 1e-12, std, 1.0)
     standard = ((wide - mean) / scale).numpy()
     solver = "liblinear" if l1 else "lbfgs"
-    model = LogisticRegression(C=penalty, l1_ratio=1.0 if l1 else 0.0, solver=solver, max_iter=2000)
+    new = tuple(int(part) for part in sklearn.__version__.split(".")[:2]) >= (1, 8)
+    kind: dict[str, Any] = {"l1_ratio": float(l1)} if new else {"penalty": "l1" if l1 else "l2"}
+    model: Any = LogisticRegression(C=penalty, solver=solver, max_iter=2000, **kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # separable texts have no optimum at infinity to converge to
         model.fit(standard, y.cpu().numpy())
@@ -107,7 +111,7 @@ def mean_difference(codes: Float[Tensor, "n m"], y: Bool[Tensor, "n"]) -> Float[
 
 def matched_latents(
     chosen: Int[Tensor, "n"], activity: Float[Tensor, "m"], *, generator: torch.Generator, pool: int = 10
-) -> Int[Tensor, "n"]:
+) -> Int[Tensor, "at_most_n"]:
     """For each chosen latent another live one of nearly the same mean activation, drawn among the `pool` nearest.
 
     Fewer come back where there are not enough live latents to choose from.
@@ -127,7 +131,7 @@ def matched_latents(
     return torch.tensor(found, dtype=torch.long)
 
 
-def labelled(parts: Sequence[tuple[str, Float[Tensor, "text pos d"], Bool[Tensor, "text pos"]]]) -> Labelled:
+def labelled(parts: Sequence[tuple[str, Float[Tensor, "_ pos d"], Bool[Tensor, "_ pos"]]]) -> Labelled:
     """One entry per concept: its name, activations and tokens that count."""
     labels = [torch.full((len(x),), number) for number, (_, x, _) in enumerate(parts)]
     return Labelled(

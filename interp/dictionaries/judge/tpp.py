@@ -11,8 +11,9 @@ n latents with the largest |e_i| for the spurious label are set to zero;
 with acc_clean that of a probe trained on texts where the two are independent.
 Null for both: as many live latents of nearly equal mean activation, drawn at random.
 Source: A. Karvonen et al. 2024, https://arxiv.org/abs/2411.18895; S. Marks et al. 2024 (SHIFT),
-https://arxiv.org/abs/2403.19647. Beware: scr has no scale where the bias costs nothing (None); decoders are taken to
-be linear in the codes, as all kinds here are.
+https://arxiv.org/abs/2403.19647. Beware: scr has no scale where the bias costs nothing (None). Setting latents to zero
+also moves the mean, and the probe keeps its threshold: where only one side of a label has latents, that alone can cost
+accuracy. Decoders are taken to be linear in the codes, as all kinds here are.
 """
 
 from __future__ import annotations
@@ -97,6 +98,13 @@ def tpp(
         return torch.stack([p.correct(changed[r], y).double().mean() for p, (r, y) in zip(probes, tests, strict=True)])
 
     base, activity = accuracies(x[1]), codes[0].mean(0)
+
+    def dropped(off: Tensor) -> Tensor:
+        return base - accuracies(without(x[1], codes[1], features, off))
+
+    def alike(off: Tensor, generator: torch.Generator) -> Tensor:
+        return matched_latents(off, activity, generator=generator)
+
     orders = [
         _ranked(mean_difference(codes[0][rows], y).clamp_min(0), features, probe)
         for probe, (rows, y) in zip(probes, fits, strict=True)
@@ -107,16 +115,9 @@ def tpp(
             break
         chosen = [order[:n] for order in orders]
         generator = torch_generator(seed, "tpp-null", n)
-        null = [
-            torch.stack([
-                base - accuracies(without(x[1], codes[1], features, matched_latents(off, activity, generator=generator)))
-                for off in chosen
-            ])
-            for _ in range(n_null)
-        ]  # fmt: skip
-        drops = torch.stack([base - accuracies(without(x[1], codes[1], features, off)) for off in chosen])
-        n_latents = torch.tensor([len(off) for off in chosen])
-        found.append(Perturbed(n=n, n_latents=n_latents, drops=drops, null=torch.stack(null)))
+        null = torch.stack([torch.stack([dropped(alike(off, generator)) for off in chosen]) for _ in range(n_null)])
+        drops = torch.stack([dropped(off) for off in chosen])
+        found.append(Perturbed(n=n, n_latents=torch.tensor([len(off) for off in chosen]), drops=drops, null=null))
     return found
 
 
