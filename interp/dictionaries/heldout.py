@@ -59,12 +59,15 @@ class Scores:
 def held_out(
     model: LoadedModel, record: TokenRecord, site: Site, *, drop_norm: float, median: float, batch_size: int = 8
 ) -> HeldOut:
-    """Capture a site on unseen text and mark the tokens that count; median is that of the training norms."""
+    """Capture a site on unseen text and mark the tokens that count; median is that of the training norms.
+
+    Heads and their width become one axis.
+    """
     parts: list[Tensor] = []
     for start in range(0, len(record), batch_size):
         with capture(model, site) as acts:
             model(record.rows(slice(start, start + batch_size)))
-        parts.append(acts[site].float())
+        parts.append(acts[site].float().flatten(2))
     x = torch.cat(parts)
     keep = record.mask & ordinary(x, drop_norm, median=median).cpu()
     if drop_norm:

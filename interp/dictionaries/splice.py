@@ -48,10 +48,10 @@ def n_predicted(record: TokenRecord) -> int:
 
 
 def splice(site: Site, dictionary: Dictionary, keep: Bool[Tensor, "batch pos"]) -> Edit:
-    """The edit that puts the reconstruction where `keep` is true."""
+    """The edit that puts the reconstruction where `keep` is true; heads and their width are read as one axis."""
 
     def function(x: Tensor, _: Context) -> Tensor:
-        return dictionary.decode(dictionary.encode(x.float())).to(x)
+        return dictionary.decode(dictionary.encode(x.float().flatten(2))).reshape(x.shape).to(x)
 
     return Edit(site, function, at=keep, label=f"splice {type(dictionary).__name__}")
 
