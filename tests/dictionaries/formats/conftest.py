@@ -21,7 +21,8 @@ from interp.dictionaries.dictionary import SparseDictionary
 
 D, M, K = 12, 30, 5
 ACTIVATIONS = {
-    "relu": ReLU, "topk": lambda: TopK(K), "multi_topk": lambda: TopK(K, n_train=20), "batch_topk": lambda: BatchTopK(K),
+    "relu": ReLU, "topk": lambda: TopK(K), "multi_topk": lambda: TopK(K, n_train=20),
+    "batch_topk": lambda: BatchTopK(K),
     "jump_relu": lambda: JumpReLU(M), "gated": lambda: Gated(M), "group_max": lambda: GroupMax(K), "top_afa": TopAFA,
     "gradient_topk": lambda: GradientTopK(K),
 }  # fmt: skip

@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from interp.core.errors import ArtefactError, InterpError
 from interp.core.sites import Part, Site
 from interp.dictionaries.formats.saelens import (
-    SPARSITY, WEIGHTS, load_saelens, read, read_density, save_saelens, write,
+    SPARSITY,
+    WEIGHTS,
+    load_saelens,
+    read,
+    read_density,
+    save_saelens,
+    write,
 )  # fmt: skip
 from interp.dictionaries.formats.saelens_config import CONFIG, REFUSED, SAE_ARCHITECTURES, TRANSCODERS
 from interp.dictionaries.saved import SavedDictionary
