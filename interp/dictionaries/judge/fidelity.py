@@ -28,6 +28,7 @@ from torch import Tensor
 from interp.core.errors import InterpError
 from interp.core.progress import track
 from interp.dictionaries.base import Dictionary
+from interp.dictionaries.bridge import Bridge
 from interp.dictionaries.heldout import HeldOut
 from interp.dictionaries.judge.intervals import Ratio
 from interp.dictionaries.metrics import DENSE, share, token_scores
@@ -140,9 +141,12 @@ class Spliced:
 
 @torch.no_grad()
 def spliced(
-    model: LoadedModel, data: HeldOut, dictionaries: Mapping[str, Dictionary], *, batch_size: int | None = None
+    model: LoadedModel, data: HeldOut, dictionaries: Mapping[str, Dictionary | Bridge], *, batch_size: int | None = None
 ) -> tuple[dict[str, Spliced], Spliced]:
-    """Losses and divergences with each dictionary at the kept tokens, and those of the untouched model (kl 0)."""
+    """Losses and divergences with each dictionary at the kept tokens, and those of the untouched model (kl 0).
+
+    A dictionary stands at the site of `data`; a bridge (a transcoder) at the sites that it names.
+    """
     per_row = data.record.ids.shape[1] * (model.dims.d_vocab or 1)
     batch_size = batch_size or max(1, min(16, LOGITS // per_row))
     found: dict[str | None, list[Tensor]] = {None: [], **{name: [] for name in dictionaries}}
@@ -155,7 +159,9 @@ def spliced(
             base = model(record)
             found[None].append(_sums(base, base, record))
             continue
-        with edited(model, splice(data.site, dictionaries[name], data.keep[part])):
+        placed = dictionaries[name]
+        keep = data.keep[part]
+        with edited(model, placed.edits(keep) if isinstance(placed, Bridge) else splice(data.site, placed, keep)):
             found[name].append(_sums(base, model(record), record))
     scores = {name: Spliced(**dict(zip(("ce", "kl", "n_predicted"), torch.cat(parts).T, strict=True)))
               for name, parts in found.items()}  # fmt: skip
