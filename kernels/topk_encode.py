@@ -6,13 +6,16 @@ them, so tests compare values, not indices. Selected pre-activations may be nega
 
 Paths: `topk_encode_eager` is the specification, 2*B*d*m FLOP in the inputs' own precision and B*m numbers written and
 read once. On a CPU with bfloat16 instructions, `interp.kernels.certified` selects float32 inputs by certified
-bounds. Under `torch.compile` both are one opaque operator, without a buffer. `buffer` keeps memory between calls: a `Workspace`, or a plain tensor for the dense pre-activations, which then
-are all written there. Freshly allocated memory has to be paged in, at a fraction of the speed of a copy.
+bounds. On a GPU `interp.kernels.fused_encode` never writes them, if asked for. Under `torch.compile` all are one
+opaque operator, without a buffer.
+`buffer` keeps memory between calls: a `Workspace`, or a plain tensor for the dense pre-activations, which then are all
+written there. Freshly allocated memory has to be paged in, at a fraction of the speed of a copy.
 """
 
 import torch
 from interp.kernels.certified import certified_topk, suits
 from interp.kernels.dispatch import one_type, plain
+from interp.kernels.fused_encode import fused_topk, suits_fused
 from interp.kernels.workspace import Workspace
 from torch import Tensor
 from torch.library import custom_op
@@ -63,6 +66,8 @@ def topk_encode(
         if suits(x, W_enc, b_enc, k, workspace):
             with plain(x.device):
                 return certified_topk(x, W_enc, b_enc, k, workspace)
+        if suits_fused(x, W_enc, b_enc, k, workspace):
+            return fused_topk(x, W_enc, b_enc, k, workspace)
         workspace.counters.plain += x.shape[0]
     return topk_encode_eager(x, W_enc, b_enc, k, buffer)
 
