@@ -52,12 +52,12 @@ def nearest_codes(
     groups: list[Tensor] = []
     for part, table in zip(a.unbind(1), codes, strict=True):
         if similarity == "cosine":
-            W, b = nn.functional.normalize(table, dim=1).t(), table.new_zeros(len(table))
+            weight, bias = nn.functional.normalize(table, dim=1), table.new_zeros(len(table))
         else:
-            W, b = 2 * table.t(), -table.square().sum(1)
+            weight, bias = 2 * table, -table.square().sum(1)
         found: list[Tensor] = []
         for rows in part.split(block):
-            values, indices = topk_encode(rows, W, b, k)
+            values, indices = topk_encode(rows, weight.t(), bias, k)
             found.append(indices.gather(1, values.argsort(dim=1, descending=True, stable=True)))
         groups.append(torch.cat(found) if found else torch.zeros(0, k, dtype=torch.long, device=a.device))
     return torch.stack(groups, dim=1)
@@ -207,6 +207,8 @@ def load(folder: Path | str) -> SavedCodebook:
         raise ArtefactError(
             f"{folder / DESCRIPTION} holds {sorted(description)}, expected {sorted(KEYS)} of version {VERSION}"
         )
+    if not isinstance(description["k"], int):
+        raise ArtefactError(f"{folder / DESCRIPTION} has k={description['k']!r}, expected a whole number")
     try:
         codebook = Codebook(
             tensors["codes"], description["k"], mean=tensors["mean"], scale=tensors["scale"],
