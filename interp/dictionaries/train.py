@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.core.errors import InterpError
@@ -96,23 +96,31 @@ class Stepper:
         gradient: Float[Tensor, "batch d_out"] | None = None,
     ) -> dict[str, float | int]:
         """One optimiser step on one batch; the row of the training curve. Raises Diverged before any weight moves."""
-        sae, cfg = self.sae, self.cfg
-        _set_k(sae, k_at(number, cfg))
-        dead = self.silent >= cfg.dead_after_tokens
+        dead = self.begin(number)
         at = observe(
-            sae, x, y, gradient=gradient, dead=dead, buffer=self._memory(x), group=self.group
+            self.sae, x, y, gradient=gradient, dead=dead, buffer=self._memory(x), group=self.group
         )  # fmt: skip
-        parts = self.objective(at, penalty_at(number, cfg))
-        if not bool(torch.isfinite(parts["loss"].detach())):
+        return self.finish(number, at)
+
+    def begin(self, number: int) -> Bool[Tensor, "d_dict"]:
+        """Set what depends on the step alone, before the dictionary runs; the latents that are dead."""
+        _set_k(self.sae, k_at(number, self.cfg))
+        return self.silent >= self.cfg.dead_after_tokens
+
+    def finish(self, number: int, at: Activity, extra: Float[Tensor, ""] | None = None) -> dict[str, float | int]:
+        """The step after the dictionary has run: loss (plus `extra`, still in the graph), gradients, optimiser."""
+        parts = self.objective(at, penalty_at(number, self.cfg))
+        loss = parts["loss"] if extra is None else parts["loss"] + extra
+        if not bool(torch.isfinite(loss.detach())):
             raise Diverged(
-                f"the loss became {float(parts['loss'].detach())} at step {number} "
-                f"(lr {learning_rate(number, cfg):.3g}); lower lr, or look for NaN or huge rows in the activations",
+                f"the loss became {float(loss.detach())} at step {number} "
+                f"(lr {learning_rate(number, self.cfg):.3g}); lower lr, or look for NaN or huge rows in the data",
                 number,
             )
         self.optimiser.zero_grad(set_to_none=True)
-        parts["loss"].backward()
+        loss.backward()
         self._update(number)
-        return self._row(number, at, parts, dead)
+        return self._row(number, at, parts | {"loss": loss})
 
     def _update(self, number: int) -> None:
         sae, cfg = self.sae, self.cfg
@@ -128,7 +136,7 @@ class Stepper:
             normalise_decoder(sae)
 
     @torch.no_grad()
-    def _row(self, number: int, at: Activity, parts: dict[str, Tensor], dead: Tensor) -> dict[str, float | int]:
+    def _row(self, number: int, at: Activity, parts: dict[str, Tensor]) -> dict[str, float | int]:
         if at.codes is not None:
             self.sae.activation.observe(at.codes.values, at.codes.indices)
         firings = self.group.total(at.firings())
@@ -145,7 +153,7 @@ class Stepper:
             "fvu": float(self.group.total(fvu(at))),
             "aux": float(self.group.total(parts["aux"])),
             "l0": float(firings.sum()) / n_tokens,
-            "dead_fraction": float(dead.double().mean()),
+            "dead_fraction": float(at.dead.double().mean()),
             "lr": learning_rate(number, cfg),
         }
 
