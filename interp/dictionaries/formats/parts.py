@@ -75,12 +75,17 @@ def take_apart(dictionary: SparseDictionary, *, subtract: bool | None = None) ->
     """
     moves = subtract is False and dictionary.subtract_b_dec
     scaled = bool((dictionary.scale_in != 1).any() | (dictionary.scale_out != 1).any())
+    if dictionary.activation.kind == "top_afa" and not torch.equal(dictionary.scale_in, dictionary.scale_out):
+        raise InterpError(
+            "top_afa compares the norms of input and output, so unequal scales cannot be folded into its weights; "
+            "use the format 'interp'"
+        )
     if (scaled or moves) and not_half(dictionary.W_dec.dtype) != dictionary.W_dec.dtype:
         dictionary = dictionary.like().float()
     plain = dictionary.folded()
     activation, b_enc = plain.activation, plain.b_enc
     if moves:
-        if isinstance(activation, Gated) or plain.token_norm != "none":
+        if activation.kind in ("gated", "top_afa") or plain.token_norm != "none":
             raise InterpError(
                 f"a {activation.kind} dictionary with token_norm={plain.token_norm!r} needs b_dec subtracted from its "
                 "input, which this format does not do"
@@ -127,7 +132,10 @@ def check_tensors(
     for name, shape in shapes.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != tuple(shape):
-            raise ArtefactError(f"{name} in {path} is {tuple(tensor.shape)}, {says or what} says {tuple(shape)}")
+            turned = ": it lies transposed" if tuple(tensor.shape) == tuple(shape)[::-1] else ""
+            raise ArtefactError(
+                f"{name} in {path} is {tuple(tensor.shape)}, {says or what} says {tuple(shape)}{turned}"
+            )
         if not tensor.is_floating_point():
             raise ArtefactError(f"{name} in {path} is {tensor.dtype}, expected a floating-point tensor")
         if bool(tensor.isnan().any()):

@@ -147,4 +147,3 @@ def is_coder(folder: Path) -> bool:
 def coders(folder: Path) -> list[str]:
     """Hookpoints below the folder of a run."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and is_coder(path))
-

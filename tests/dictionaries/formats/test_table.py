@@ -1,0 +1,92 @@
+"""A path is recognised by what lies there; nothing is guessed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from interp.core.errors import ArtefactError, InterpError
+from interp.dictionaries.formats.plain import Hints
+from interp.dictionaries.formats.table import FORMATS, WRITABLE, load_dictionary, recognise, save_dictionary
+from interp.dictionaries.saved import SavedDictionary
+
+PLACES = {"circuit-tracer": "layer_0.safetensors", "plain": "d.safetensors"}
+
+
+@pytest.mark.parametrize("format", WRITABLE)
+def test_what_is_written_is_recognised_and_read_back(tmp_path, making, format):
+    ours = making.made("jump_relu" if format == "circuit-tracer" else "topk", scale=0.5)
+    path = save_dictionary(
+        SavedDictionary(dictionary=ours, certificate={"l0": 1.0}), tmp_path / PLACES.get(format, "d"), format
+    )
+    assert recognise(path).name == format
+    found, x = load_dictionary(path), making.noise(9, making.D, scale=4)
+    torch.testing.assert_close(found.dictionary(x), ours(x), rtol=1e-5, atol=1e-5)
+    assert found.certificate == {"l0": 1.0}
+    save_dictionary(found, path, format)  # an older dictionary may be replaced
+
+
+def test_a_checkpoint_of_dictionary_learning_is_recognised(tmp_path, making):
+    torch.save({"bias": torch.zeros(3)}, tmp_path / "ae.pt")
+    assert recognise(tmp_path).name == recognise(tmp_path / "ae.pt").name == "dictionary_learning"
+    with pytest.raises(InterpError, match="only read here"):
+        save_dictionary(SavedDictionary(dictionary=making.made()), tmp_path / "d", "dictionary_learning")
+
+
+def test_a_folder_of_two_layouts_asks_which(tmp_path, making):
+    saved = SavedDictionary(dictionary=making.made())
+    save_dictionary(saved, tmp_path / "d", "saelens")
+    save_dictionary(saved, tmp_path / "e", "interp")
+    for path in (tmp_path / "e").iterdir():
+        shutil.copy(path, tmp_path / "d")
+    with pytest.raises(ArtefactError, match="interp or saelens; say which"):
+        load_dictionary(tmp_path / "d")
+    assert load_dictionary(tmp_path / "d", "saelens").about["source"] == "saelens topk"
+
+
+def test_a_square_file_without_a_name_asks_which(tmp_path):
+    eye = {"W_enc": torch.eye(4), "W_dec": torch.eye(4), "b_enc": torch.zeros(4), "b_dec": torch.zeros(4)}
+    save_file(eye, tmp_path / "x.safetensors")
+    with pytest.raises(ArtefactError, match="circuit-tracer or plain"):
+        load_dictionary(tmp_path / "x.safetensors")
+    save_file(eye, tmp_path / "layer_3.safetensors")
+    assert recognise(tmp_path / "layer_3.safetensors").name == "circuit-tracer"
+    assert load_dictionary(tmp_path, hints=Hints(layer=3)).about["layer"] == 3
+    tall = eye | {"W_enc": torch.zeros(7, 4), "W_dec": torch.zeros(7, 4), "b_enc": torch.zeros(7)}
+    save_file(tall, tmp_path / "x.safetensors")
+    assert recognise(tmp_path / "x.safetensors").name == "circuit-tracer"
+    save_file(tall | {"W_enc": torch.zeros(4, 7)}, tmp_path / "x.safetensors")
+    assert recognise(tmp_path / "x.safetensors").name == "plain"
+
+
+def test_what_is_no_dictionary_is_refused_with_what_was_found(tmp_path, making):
+    with pytest.raises(ArtefactError, match="does not exist"):
+        load_dictionary(tmp_path / "none")
+    with pytest.raises(ArtefactError, match="holds nothing. Known are interp: .*saelens: .*plain: "):
+        load_dictionary(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ArtefactError, match="holds notes.txt"):
+        load_dictionary(tmp_path)
+    with pytest.raises(ArtefactError, match="one file"):
+        load_dictionary(tmp_path / "notes.txt")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ArtefactError, match="one file, weight"):
+        load_dictionary(tmp_path / "w.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"PK")
+    with pytest.raises(ArtefactError, match="damaged"):
+        load_dictionary(tmp_path / "b.safetensors")
+    with pytest.raises(InterpError, match="nearest: saelens"):
+        load_dictionary(tmp_path, "sae_lens")
+    run = tmp_path / "run"
+    save_dictionary(SavedDictionary(dictionary=making.made()), run / "layers.1", "sparsify")
+    with pytest.raises(ArtefactError, match="sparsify run; name one of its coders: layers.1"):
+        load_dictionary(run)
+    clt = tmp_path / "clt"
+    clt.mkdir()
+    save_file({"W_enc_0": torch.zeros(3, 2)}, clt / "W_enc_0.safetensors")
+    with pytest.raises(ArtefactError, match="cross-layer transcoder"):
+        load_dictionary(clt)
+    assert set(FORMATS) - set(WRITABLE) == {"dictionary_learning"}
