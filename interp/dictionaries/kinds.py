@@ -34,7 +34,7 @@ from interp.dictionaries.activity import Activity
 from interp.dictionaries.losses import Term
 from interp.dictionaries.train_config import TrainConfig
 
-WEIGHTS = {"relu": 1.0, "jump_relu": 1.0, "gated": 1.0, "top_afa": 1 / 32}
+WEIGHTS = {"relu": 2.0, "jump_relu": 1.0, "gated": 2.0, "top_afa": 1 / 32}
 """Sparsity weight of each kind that has one."""
 
 
@@ -54,7 +54,7 @@ def make_activation(cfg: TrainConfig) -> Activation:
         case "relu":
             return ReLU()
         case "jump_relu":
-            return JumpReLU(cfg.d_dict, threshold=cfg.threshold, bandwidth=cfg.bandwidth)
+            return JumpReLU(cfg.d_dict, threshold=cfg.threshold or 0.01, bandwidth=cfg.bandwidth)
         case "gated":
             return Gated(cfg.d_dict)
         case "topk":

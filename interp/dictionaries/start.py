@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from interp.core.errors import InterpError
 from interp.core.seed import torch_generator
+from interp.dictionaries.activations.jump_relu import JumpReLU
 from interp.dictionaries.activity import observe
 from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.kinds import make_activation
@@ -67,6 +68,8 @@ def initial(
     if targets is not None:
         made.b_enc.copy_(-(first * scale_in).mean(0) @ made.W_enc)
         _point_decoder(made, first, targets[:DIRECTION_SAMPLE].float(), cfg)
+    if isinstance(made.activation, JumpReLU) and not cfg.threshold:
+        made.activation.log_threshold.fill_(_cut(made, first, cfg.k).log())
     if made.activation.dense or targets is not None:
         _fit_gain(made, first, None if targets is None else targets[:DIRECTION_SAMPLE].float())
     return made
@@ -104,6 +107,12 @@ def geometric_median(x: Float[Tensor, "n d"], n_iterations: int = 100) -> Float[
     return median
 
 
+def _cut(made: SparseDictionary, x: Tensor, k: int) -> Tensor:
+    """The threshold that k pre-activations per token pass, on average."""
+    z = made.inputs(made.centred(x)).z().flatten()
+    return z.kthvalue(max(z.numel() - k * len(x), 1)).values.clamp_min(1e-6)
+
+
 def _point_decoder(made: SparseDictionary, x: Tensor, y: Tensor, cfg: TrainConfig) -> None:
     generator = torch_generator(cfg.seed, "transcoder-decoder", *made.W_dec.shape)
     directions = torch.randn(made.d_dict, made.d_out, generator=generator, dtype=torch.float64).to(x)
@@ -121,5 +130,7 @@ def _fit_gain(made: SparseDictionary, x: Tensor, y: Tensor | None) -> None:
     power = float(features.square().sum())
     along = float((features * (at.target - at.straight)).sum())
     if power > 0 and along > 0:
-        made.W_enc.mul_(along / power)
-        made.b_enc.mul_(along / power)
+        gain = along / power
+        made.W_enc.mul_(gain)
+        made.b_enc.mul_(gain)
+        made.activation.rescale(torch.full_like(made.b_enc, gain))

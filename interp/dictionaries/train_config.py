@@ -49,8 +49,8 @@ class TrainConfig:
     """jump_relu: count active latents by a step or by tanh."""
     bandwidth: float = 0.05
     """jump_relu: width of the straight-through window, in units of the pre-activations."""
-    threshold: float = 0.01
-    """jump_relu: threshold at the start."""
+    threshold: float = 0.0
+    """jump_relu: threshold at the start; 0 starts where k latents fire per token."""
     pre_act_weight: float = 0.0
     """jump_relu: weight of the term that pulls dead latents to their thresholds; 3e-6 is usual where it is used."""
     shells: tuple[float, ...] = (0.0625, 0.0625, 0.125, 0.25, 0.5)
