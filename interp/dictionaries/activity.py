@@ -27,8 +27,16 @@ class Group(Protocol):
         """Sum over processes that hold other tokens; no gradient."""
         ...
 
-    def narrow(self, selected: Selected) -> Selected:
-        """Of latents selected on each process, those that stay when the latents of all processes compete."""
+    def whole(self, x: Tensor) -> Tensor:
+        """Sum over processes that hold other latents; no gradient."""
+        ...
+
+    def spread(self, u: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
+        """The same u, read by the latents of every process; its gradient is the sum over them."""
+        ...
+
+    def narrow(self, selected: Selected, k: int) -> Selected:
+        """Of latents selected on each process, the k per token that stay when the latents of all compete."""
         ...
 
     def join(self, output: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
@@ -46,7 +54,13 @@ class Alone:
     def total(self, x: Tensor) -> Tensor:
         return x
 
-    def narrow(self, selected: Selected) -> Selected:
+    def whole(self, x: Tensor) -> Tensor:
+        return x
+
+    def spread(self, u: Tensor) -> Tensor:
+        return u
+
+    def narrow(self, selected: Selected, k: int) -> Selected:
         return selected
 
     def join(self, output: Tensor) -> Tensor:
@@ -115,7 +129,7 @@ def observe(
 ) -> Activity:
     """Run one batch forward, as in training. `y` None is an autoencoder: the target is x."""
     group = group or Alone()
-    u = dictionary.centred(x)
+    u = group.spread(dictionary.centred(x))
     scaled = dictionary.normalised(x)[0] * dictionary.scale_in
     target = scaled if y is None else y * dictionary.scale_out
     codes = wide = z = f = None
@@ -126,7 +140,8 @@ def observe(
     else:
         with torch.no_grad():
             inputs = dictionary.inputs(u, gradient=gradient, buffer=buffer)
-            selected = group.narrow(dictionary.activation.select(inputs))
+            selected = dictionary.activation.select(inputs)
+            selected = group.narrow(selected, selected[0].shape[-1])
         codes = wide = dictionary.latents(u, selected)
         if dictionary.activation.n_slots is not None:
             codes = wide.first(dictionary.activation.n_slots)

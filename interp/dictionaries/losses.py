@@ -147,17 +147,19 @@ def auxk_loss(
     """`auxk` of a given error; min(d_out / 2, number of dead) dead latents per token."""
     group = group or Alone()
     pool = dead.nonzero()[:, 0]
-    k_aux = min(max(dictionary.d_out // 2, 1), len(pool))
+    k_aux = min(max(dictionary.d_out // 2, 1), int(group.whole(torch.tensor(len(pool), device=u.device))))
     if k_aux == 0:
         return u.new_zeros(())
     with torch.no_grad():
         weights = dictionary.W_enc.t()[pool].t()
-        selected, position = (u @ weights + dictionary.b_enc[pool]).topk(k_aux, dim=-1, sorted=False)
+        z = u @ weights + dictionary.b_enc[pool]
+        values, position = z.topk(min(k_aux, len(pool)), dim=-1, sorted=False)
+        selected = group.narrow((values, pool[position]), k_aux)
         error = error.detach()
         n_tokens = group.total(torch.tensor(float(len(u)), device=u.device))
         mean = group.total(error.sum(0)) / n_tokens
         spread = group.total((error - mean).square().sum())
-    revived = group.join(dictionary.combine(dictionary.latents(u, (selected, pool[position]))))
+    revived = group.join(dictionary.combine(dictionary.latents(u, selected)))
     return torch.nan_to_num((revived - error).square().sum() / spread, nan=0.0, posinf=0.0)
 
 

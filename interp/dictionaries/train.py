@@ -11,6 +11,7 @@ Feed shuffled tokens (neighbours are correlated), and drop massive activations f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -104,23 +105,24 @@ class Stepper:
 
     def begin(self, number: int) -> Bool[Tensor, "d_dict"]:
         """Set what depends on the step alone, before the dictionary runs; the latents that are dead."""
-        _set_k(self.sae, k_at(number, self.cfg))
+        set_k(self.sae, k_at(number, self.cfg))
         return self.silent >= self.cfg.dead_after_tokens
 
     def finish(self, number: int, at: Activity, extra: Float[Tensor, ""] | None = None) -> dict[str, float | int]:
         """The step after the dictionary has run: loss (plus `extra`, still in the graph), gradients, optimiser."""
         parts = self.objective(at, penalty_at(number, self.cfg))
         loss = parts["loss"] if extra is None else parts["loss"] + extra
-        if not bool(torch.isfinite(loss.detach())):
+        whole = float(self.group.total(loss.detach()))  # of all processes, so that all of them stop
+        if not math.isfinite(whole):
             raise Diverged(
-                f"the loss became {float(loss.detach())} at step {number} "
+                f"the loss became {whole} at step {number} "
                 f"(lr {learning_rate(number, self.cfg):.3g}); lower lr, or look for NaN or huge rows in the data",
                 number,
             )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self._update(number)
-        return self._row(number, at, parts | {"loss": loss})
+        return self._row(number, at, parts, whole)
 
     def _update(self, number: int) -> None:
         sae, cfg = self.sae, self.cfg
@@ -136,7 +138,7 @@ class Stepper:
             normalise_decoder(sae)
 
     @torch.no_grad()
-    def _row(self, number: int, at: Activity, parts: dict[str, Tensor]) -> dict[str, float | int]:
+    def _row(self, number: int, at: Activity, parts: dict[str, Tensor], loss: float) -> dict[str, float | int]:
         if at.codes is not None:
             self.sae.activation.observe(at.codes.values, at.codes.indices)
         firings = self.group.total(at.firings())
@@ -149,11 +151,11 @@ class Stepper:
         return {
             "step": number + 1,
             "tokens": self.n_tokens,
-            "loss": float(self.group.total(parts["loss"])),
+            "loss": loss,
             "fvu": float(self.group.total(fvu(at))),
             "aux": float(self.group.total(parts["aux"])),
-            "l0": float(firings.sum()) / n_tokens,
-            "dead_fraction": float(at.dead.double().mean()),
+            "l0": float(self.group.whole(firings.sum())) / n_tokens,
+            "dead_fraction": float(self.group.whole(at.dead.sum())) / cfg.d_dict,
             "lr": learning_rate(number, cfg),
         }
 
@@ -175,7 +177,8 @@ class Stepper:
         self.n_tokens = int(state["n_tokens"])
 
 
-def _set_k(sae: SparseDictionary, k: int) -> None:
+def set_k(sae: SparseDictionary, k: int) -> None:
+    """Active latents per token from now on, for activations that have such a number."""
     if isinstance(sae.activation, TopK | BatchTopK | GroupMax) and sae.activation.k != k:
         sae.activation.k = k
 
