@@ -33,6 +33,7 @@ METRICS = {
     "one latent with cosine >= .025 to the probe holds >= .4 of the projection",
     "absorption_fraction": "v1: mean over the same tokens of A / (A + M): projection held by at most 3 other latents "
     "with cosine >= .1 (>= .4 of the whole) against that of the main latents",
+    "letter_f1": "v1: F1 of the probe on the main latents of a concept, training tokens; low: there is no main latent",
 }
 FULL_COSINE, FRACTION_COSINE, SHARE, MAX_ABSORBERS = 0.025, 0.1, 0.4, 3
 MAX_MAIN, JUMP, CANDIDATES = 10, 0.03, 100
@@ -40,6 +41,10 @@ L1 = 0.01
 """Weight of the L1 penalty of the ranking probe, per example."""
 SILENT = 1e-8
 BLOCK = 2048
+
+
+class NothingFound(InterpError):
+    """The probe finds the concept at no test token, so there is nothing that could be absorbed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,7 +123,7 @@ def absorption(
     found = probe.logits(test[0]) > 0
     tokens = (found & test[1]).nonzero()[:, 0]
     if len(tokens) == 0:
-        raise InterpError("the probe finds the concept at no test token; train it on more tokens")
+        raise NothingFound("the probe finds the concept at no test token; train it on more tokens")
     projection = test[0][tokens].double().cpu() @ F.normalize(probe.weight, dim=0)
     full, fraction, best = absorption_of(
         projection, codes[1][tokens], dictionary.features.float().cpu(), probe.weight, main

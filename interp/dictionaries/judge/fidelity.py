@@ -40,6 +40,7 @@ from interp.models.model import LoadedModel
 
 METRICS = {
     **TOKEN_METRICS,
+    "ce": "v1: mean over predicted tokens of -log p(next token) with the reconstruction spliced in, nats",
     "ce_increase": "v1: mean over predicted tokens of CE with the reconstruction spliced in less CE of the model, nats",
     "kl": "v1: mean over predicted tokens of KL(model || model with the reconstruction spliced in), nats",
     "loss_recovered_mean": "v1: as loss_recovered, with the mean of the training activations in place of zeros",

@@ -71,7 +71,7 @@ def auc(score: Float[Tensor, "n latent"], positive: Bool[Tensor, "n latent"]) ->
     """Area under the ROC curve of each column, ties counted half; NaN where a column has one class only."""
     n, found = len(score), torch.empty(score.shape[1], dtype=torch.float64)
     for column in range(score.shape[1]):
-        values, place, counts = score[:, column].double().unique(return_inverse=True, return_counts=True)
+        _, place, counts = score[:, column].double().unique(return_inverse=True, return_counts=True)
         ranks = (counts.cumsum(0) - (counts - 1) / 2)[place]
         n_positive = int(positive[:, column].sum())
         total = float(ranks[positive[:, column]].sum()) - n_positive * (n_positive + 1) / 2

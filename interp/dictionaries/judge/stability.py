@@ -13,9 +13,7 @@ are a random subset, which meets less competition for partners: the number is th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -48,6 +46,10 @@ class Agreement:
         return float(self.cosines.mean())
 
     @property
+    def stability_chance(self) -> float:
+        return float(self.chance.mean())
+
+    @property
     def shared(self) -> float:
         return float((self.cosines > SHARED).double().mean())
 
@@ -73,24 +75,3 @@ def agreement(
         chance=matching(unit @ F.normalize(drawn, dim=1).T),
         upper_bound=len(mine) < len(a),
     )
-
-
-def agreements(features: dict[int, Float[Tensor, "n d"]], *, max_rows: int = MAX_ROWS) -> pd.DataFrame:
-    """One row per pair of seeds."""
-    found: list[dict[str, object]] = []
-    for a, b in combinations(sorted(features), 2):
-        pair = agreement(features[a], features[b], max_rows=max_rows)
-        chance = Agreement(cosines=pair.chance, chance=pair.chance, upper_bound=pair.upper_bound)
-        found.append(
-            {
-                "seed_a": a,
-                "seed_b": b,
-                "stability": pair.stability,
-                "stability_chance": chance.stability,
-                "shared": pair.shared,
-                "shared_chance": chance.shared,
-                "upper_bound": pair.upper_bound,
-            }
-        )
-    columns = ["seed_a", "seed_b", "stability", "stability_chance", "shared", "shared_chance", "upper_bound"]
-    return pd.DataFrame(found, columns=columns)

@@ -26,7 +26,7 @@ def planted_dictionary(*, absorbs: bool) -> SparseDictionary:
 
 
 def tokens(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Activations, whether each has the concept, and which of those are the special token (one in twenty: fewer than the jump in F1)."""
+    """Activations, whether each has the concept, and which of those are the special token (one in 20)."""
     generator = torch.Generator().manual_seed(seed)
     x = 0.05 * torch.rand(n, D, generator=generator)
     y = torch.arange(n) % 2 == 0

@@ -1,0 +1,257 @@
+"""A judged dictionary and everything it is compared with, scored on the same text. See `suite` for what they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from interp.core.errors import InterpError
+from interp.core.sites import Site
+from interp.dictionaries.base import Dictionary
+from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary, shuffled_dims
+from interp.dictionaries.heldout import HeldOut
+from interp.dictionaries.judge.asked import letters, probe_baselines, probes
+from interp.dictionaries.judge.concepts import Labelled
+from interp.dictionaries.judge.config import JudgeConfig, Tier
+from interp.dictionaries.judge.entries import Entry, Metrics, Scored, score_alone
+from interp.dictionaries.judge.fidelity import density_histogram, model_ratios, spliced
+from interp.dictionaries.judge.rerandomised import rerandomised
+from interp.dictionaries.judge.retrain import Trainer, recipe, steps_in, trainer
+from interp.dictionaries.judge.stability import agreement
+from interp.dictionaries.judge.texts import Texts, concept_activations, concept_records, first_letters, gathered
+from interp.models.model import LoadedModel
+
+JUDGED, PCA, RANDOM, RETRAINED, SHUFFLED, RANDOM_MODEL, ZERO, MEAN = (
+    "judged", "PCA", "random", "retrained", "shuffled", "random model", "zero ablation", "mean ablation",
+)  # fmt: skip
+TRAINED = (RETRAINED, SHUFFLED, RANDOM_MODEL)
+SAMPLE = 32_768
+"""Activations that PCA and the gain of the random dictionary are fitted on, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """What was scored."""
+
+    entries: list[Entry]
+    judged: Scored
+    n_steps: int
+    """Of each training; 0 where the trainer was the caller's."""
+    tables: dict[str, pd.DataFrame]
+    facts: list[dict[str, Any]]
+    """Seconds per stage."""
+
+
+@dataclass(eq=False)
+class _Work:
+    """Dictionaries by name and seed, and what was found about each."""
+
+    model: LoadedModel
+    site: Site
+    cfg: JudgeConfig
+    tier: Tier
+    dictionaries: dict[str, list[Dictionary]] = field(default_factory=dict[str, list[Dictionary]])
+    metrics: dict[str, list[Metrics]] = field(default_factory=dict[str, list[Metrics]])
+    facts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    @contextmanager
+    def stage(self, name: str) -> Generator[None, None, None]:
+        began = time.perf_counter()
+        yield
+        self.facts.append({"stage": name, "seconds": time.perf_counter() - began})
+
+    def put(self, name: str, dictionaries: list[Dictionary]) -> None:
+        self.dictionaries[name] = dictionaries
+        self.metrics[name] = [{} for _ in dictionaries]
+
+    def score(self, name: str, model: LoadedModel, data: tuple[HeldOut, HeldOut]) -> list[Scored]:
+        """Score one name's dictionaries without the model."""
+        scored = [
+            score_alone(model, one, *data, n_latents=0 if name == PCA else self.tier.n_latents, seed=self.cfg.seed)
+            for one in self.dictionaries[name]
+        ]
+        for metrics, one in zip(self.metrics[name], scored, strict=True):
+            metrics |= one.metrics
+        return scored
+
+    def entry(self, name: str) -> Entry:
+        own = "own" if name == RANDOM_MODEL else "text"
+        return Entry(name=name, activations=own, runs=tuple(self.metrics[name]))
+
+
+def compare(
+    model: LoadedModel,
+    dictionary: Dictionary,
+    site: Site,
+    cfg: JudgeConfig,
+    tier: Tier,
+    texts: Texts,
+    train: Trainer | None,
+) -> Comparison:
+    """Capture, train comparisons, score."""
+    work = _Work(model, site, cfg, tier)
+    with work.stage("capturing"):
+        data = gathered(model, texts, site, drop_norm=cfg.drop_norm)
+    if data[1].x.shape[-1] != dictionary.d_in:
+        raise InterpError(
+            f"{site} has width {data[1].x.shape[-1]}, the dictionary reads {dictionary.d_in}; wrong site?"
+        )
+    with work.stage("scoring the judged dictionary"):
+        work.put(JUDGED, [dictionary])
+        judged = work.score(JUDGED, model, data)[0]
+    l0 = judged.reconstruction.ratios["l0"].value or 1.0
+    n_steps = _fill(work, data, l0, train)
+    other = _other_model(work, texts, train, n_steps, l0)
+    with work.stage("splicing"):
+        _splice(work, data)
+    with work.stage("agreement of seeds"):
+        agreeing = _agree(work)
+    more = _concepts(work, other) if sum(tier.concept_texts) else []
+    if tier.n_words:
+        with work.stage("first letters"):
+            _letters(work, other)
+    entries = [work.entry(name) for name in work.dictionaries]
+    tables = {
+        "density": density_histogram(judged.reconstruction.density),
+        "latents": _latent_table(judged),
+        "agreement": agreeing,
+    }
+    return Comparison(
+        entries=[*entries, *more], judged=judged, n_steps=0 if train else n_steps, tables=tables, facts=work.facts
+    )
+
+
+def _fill(work: _Work, data: tuple[HeldOut, HeldOut], l0: float, train: Trainer | None) -> int:
+    """Fit, draw and train the comparisons on text; the number of steps of each training."""
+    x, cfg, seeds = data[0].tokens, work.cfg, _seeds(work)
+    sample, k = x[:SAMPLE], max(1, round(l0))
+    judged = work.dictionaries[JUDGED][0]
+    with work.stage("PCA and random dictionaries"):
+        work.put(PCA, [fit_pca(sample, min(k, x.shape[1]))])
+        k_random = min(k, judged.d_dict)
+        work.put(RANDOM, [random_dictionary(sample, judged.d_dict, k_random, seed=seed) for seed in seeds])
+    how = recipe(judged, l0)
+    n_steps = cfg.n_steps or (0 if train else steps_in(x, how, seconds=work.tier.seconds, at_most=work.tier.n_steps))
+    make = train or trainer(replace(how, n_steps=n_steps))
+    with work.stage("training comparisons"):
+        work.put(RETRAINED, [make(x, seed) for seed in seeds])
+        work.put(SHUFFLED, [make(shuffled_dims(x, seed=seed), seed) for seed in seeds])
+    with work.stage("scoring comparisons"):
+        for name in (PCA, RANDOM, RETRAINED, SHUFFLED):
+            work.score(name, work.model, data)
+    return n_steps
+
+
+def _other_model(work: _Work, texts: Texts, train: Trainer | None, n_steps: int, l0: float) -> LoadedModel:
+    """The same model with random weights; dictionaries trained and scored on its activations."""
+    with work.stage("a model with random weights"):
+        other = rerandomised(work.model, seed=work.cfg.seed)
+        data = gathered(other, texts, other.table.one(work.cfg.site), drop_norm=work.cfg.drop_norm)
+        how = recipe(work.dictionaries[JUDGED][0], l0)
+        make = train or trainer(replace(how, n_steps=n_steps))
+        work.put(RANDOM_MODEL, [make(data[0].tokens, seed) for seed in _seeds(work)])
+        work.score(RANDOM_MODEL, other, data)
+    return other
+
+
+def _seeds(work: _Work) -> range:
+    return range(work.cfg.seed, work.cfg.seed + work.tier.n_seeds)
+
+
+def _splice(work: _Work, data: tuple[HeldOut, HeldOut]) -> None:
+    """Losses of the model with every dictionary that belongs to it, and with ablations."""
+    everyone: dict[str, Dictionary] = {
+        f"{name} {number}": one
+        for name, all_ in work.dictionaries.items()
+        if name != RANDOM_MODEL
+        for number, one in enumerate(all_)
+    }
+    mean = data[0].tokens.double().mean(0).to(data[0].x.dtype)
+    work.put(ZERO, [ZeroDictionary(torch.zeros_like(mean))])
+    work.put(MEAN, [ZeroDictionary(mean)])
+    everyone |= {f"{name} 0": work.dictionaries[name][0] for name in (ZERO, MEAN)}
+    found, base = spliced(work.model, data[1], everyone)
+    for key, one in found.items():
+        name, _, number = key.rpartition(" ")
+        work.metrics[name][int(number)] |= model_ratios(one, base, found[f"{ZERO} 0"], found[f"{MEAN} 0"])
+
+
+def _agree(work: _Work) -> pd.DataFrame:
+    """Match features of every two seeds, and of the judged dictionary with each retrained one."""
+    rows: list[dict[str, Any]] = []
+    pairs = [(JUDGED, JUDGED, other) for other in range(len(work.dictionaries[RETRAINED]))]
+    for name in TRAINED:
+        n = len(work.dictionaries[name])
+        pairs += [(name, a, b) for a in range(n) for b in range(a + 1, n)]
+    for name, a, b in pairs:
+        first = work.dictionaries[JUDGED][0] if name == JUDGED else work.dictionaries[name][int(a)]
+        second = work.dictionaries[RETRAINED if name == JUDGED else name][b]
+        found = agreement(first.features, second.features, seed=work.cfg.seed)
+        row = {"dictionary": name, "stability": found.stability, "shared": found.shared}
+        rows.append(row | {"stability_chance": found.stability_chance, "upper_bound": found.upper_bound})
+    table = pd.DataFrame(rows, columns=["dictionary", "stability", "stability_chance", "shared", "upper_bound"])
+    for name in (JUDGED, *TRAINED):
+        mine = [row for row in rows if row["dictionary"] == name]
+        for metric in ("stability", "shared"):
+            value = sum(row[metric] for row in mine) / len(mine) if mine else None
+            for metrics in work.metrics[name]:
+                metrics[metric] = value
+    return table
+
+
+def _concepts(work: _Work, other: LoadedModel) -> list[Entry]:
+    """Probes and perturbation for every dictionary; rows that are no dictionary come back."""
+    n_train, n_test = work.tier.concept_texts
+    with work.stage("concepts"):
+        records = concept_records(
+            work.model, work.cfg.concepts, n_texts=n_train + n_test, length=min(work.tier.length, 64)
+        )  # fmt: skip
+        asked: dict[str, tuple[Labelled, Labelled]] = {}
+        for own, model in (("text", work.model), ("own", other)):
+            site = model.table.one(work.cfg.site)
+            asked[own] = concept_activations(model, records, site, n_train=n_train, drop_norm=work.cfg.drop_norm)
+        for name, dictionaries in work.dictionaries.items():
+            if name in (ZERO, MEAN):
+                continue
+            texts = asked["own" if name == RANDOM_MODEL else "text"]
+            for metrics, one in zip(work.metrics[name], dictionaries, strict=True):
+                metrics |= probes(*texts, one, work.cfg.seed)
+        rest = probe_baselines(*asked["text"], work.dictionaries[JUDGED][0], work.cfg.seed)
+    return [Entry(name=name, activations="text", runs=(metrics,)) for name, metrics in rest.items()]
+
+
+def _letters(work: _Work, other: LoadedModel) -> None:
+    """First-letter absorption of every dictionary."""
+    words: dict[str, tuple[Tensor, Tensor]] = {}
+    for own, model in (("text", work.model), ("own", other)):
+        site = model.table.one(work.cfg.site)
+        words[own] = first_letters(model, site, n_words=work.tier.n_words, seed=work.cfg.seed)
+    for name, dictionaries in work.dictionaries.items():
+        if name in (ZERO, MEAN):
+            continue
+        x, letter = words["own" if name == RANDOM_MODEL else "text"]
+        for metrics, one in zip(work.metrics[name], dictionaries, strict=True):
+            metrics |= letters(x, letter, one)
+
+
+def _latent_table(judged: Scored) -> pd.DataFrame:
+    """One row per latent of the judged dictionary."""
+    found = judged.reconstruction
+    columns: Mapping[str, Any] = {
+        "latent": range(len(found.firings)),
+        "density": found.density.numpy(),
+        "firings": found.firings.numpy(),
+        "sequences": found.sequences.numpy(),
+    }
+    table = pd.DataFrame(columns)
+    if judged.lexical is None:
+        return table
+    told = judged.lexical.table.drop(columns="density")
+    return table.merge(told, on="latent", how="left")

@@ -1,0 +1,128 @@
+"""What a judgement says at the top: headline, controls, doubts, figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from interp.core.controls import holm, permutation_test
+from interp.core.result import Control, Panel
+from interp.dictionaries.judge.compare import (
+    JUDGED,
+    MEAN,
+    PCA,
+    RANDOM,
+    RANDOM_MODEL,
+    RETRAINED,
+    SHUFFLED,
+    Comparison,
+)
+from interp.dictionaries.judge.config import JudgeConfig, Tier
+from interp.dictionaries.judge.entries import Entry
+
+LEVEL = 0.05
+"""A control is passed when its adjusted p is below this."""
+HEADLINE = (
+    "fvu", "l0", "ce_increase", "kl", "loss_recovered", "loss_recovered_mean", "gamma", "cosine", "dead_fraction",
+    "dense_fraction", "near_copies", "stability", "token_auc", "probe_top1", "tpp_top10",
+)  # fmt: skip
+BESIDE = {"pca": PCA, "random": RANDOM, "retrained": RETRAINED, "shuffled": SHUFFLED, "random_model": RANDOM_MODEL}
+COMPARED = (
+    ("fvu", "FVU on test text", (PCA, RANDOM, SHUFFLED)),
+    ("ce_increase", "rise of the loss with it spliced in, nats", (PCA, RANDOM, SHUFFLED, MEAN)),
+)
+
+
+def headline(entries: list[Entry]) -> dict[str, Any]:
+    """Numbers of the judged dictionary, and FVU and loss of what stands beside it."""
+    by_name = {entry.name: entry for entry in entries}
+    judged = by_name[JUDGED]
+    found: dict[str, Any] = {metric: judged.value(metric) for metric in HEADLINE if metric in judged.runs[0]}
+    ratio = judged.ratio("fvu")
+    interval = ratio.interval() if ratio else None
+    if interval is not None:
+        found |= {"fvu_low": interval.low, "fvu_high": interval.high}
+    for short, name in BESIDE.items():
+        for metric in ("fvu", "ce_increase", "token_auc"):
+            if (value := by_name[name].value(metric)) is not None:
+                found[f"{metric}_{short}"] = value
+    return found
+
+
+def controls(entries: list[Entry]) -> tuple[Control, ...]:
+    """The judged dictionary against its baselines: sign flips paired over test sequences, Holm-adjusted.
+
+    Sequences count alike; a mean over tokens weights them by length, so the numbers can differ in the third digit.
+    """
+    by_name = {entry.name: entry for entry in entries}
+    rows: list[tuple[str, str, float, float, float]] = []
+    for metric, statistic, names in COMPARED:
+        mine = by_name[JUDGED].ratio(metric)
+        for name in names:
+            theirs = by_name[name].ratio(metric)
+            if mine is None or theirs is None:
+                continue
+            scale = float(mine.under.double().mean())
+            ours, other = mine.over.double() / scale, theirs.over.double() / scale
+            p = permutation_test(other, ours, paired=True, alternative="greater").p
+            rows.append((name, statistic, float(ours.mean()), float(other.mean()), p))
+    adjusted = holm(torch.tensor([row[4] for row in rows], dtype=torch.float64))
+    return tuple(
+        Control(
+            name=name,
+            statistic=f"{statistic} (lower is better)",
+            observed=observed,
+            control=other,
+            passed=bool(p < LEVEL),
+            p_value=float(p),
+        )
+        for (name, statistic, observed, other, _), p in zip(rows, adjusted, strict=True)
+    )
+
+
+def notes(cfg: JudgeConfig, tier: Tier, found: Comparison, *, n_sequences: int, custom: bool) -> tuple[str, ...]:
+    """What to doubt."""
+    n_tests = sum(len(names) for _, _, names in COMPARED)
+    n_tokens = int(found.judged.reconstruction.n_tokens.sum())
+    told = [
+        f"dead, dense and density are counted over {n_tokens} tokens; a latent that fires once in a million looks dead",
+        "stability of the judged dictionary is its agreement with the retrained ones, of the others that between seeds",
+    ]
+    if not custom:
+        how = "set by the config" if cfg.n_steps else f"what fits into {tier.seconds:g} s on this machine"
+        told.append(
+            f"comparisons were trained for {found.n_steps} steps ({how}); beating `shuffled` by longer training "
+            "shows nothing, beating `retrained` does"
+        )
+    if tier.n_seeds < 3:
+        told.append(f"{tier.n_seeds} seed(s) of each comparison: no spread over seeds to speak of; tier full has 3")
+    if n_tests / 2**n_sequences >= LEVEL:
+        told.append(f"{n_sequences} test sequences are too few for any control to be passed; use at least 8")
+    if found.judged.lexical is not None and found.judged.lexical.n_rare:
+        told.append(f"token_auc leaves out {found.judged.lexical.n_rare} latents that fire too seldom here")
+    if tier.n_words:
+        told.append("first-letter absorption needs a model that spells and thousands of latents; else a smoke test")
+    return tuple(told)
+
+
+PANELS = (
+    Panel(
+        title="Variance left unexplained", kind="bar", table="reconstruction", x="dictionary", y="value", low="low",
+        high="high", x_label="dictionary", y_label="FVU on test text",
+        reading="Lower is better; 1 is the mean. PCA and the untrained dictionary have equal L0; the others are of the "
+        "same kind, trained on a small budget, on shuffled activations, and on a model with random weights (scored on "
+        "its own activations). Ends: 95 % interval over test sequences.",
+    ),
+    Panel(
+        title="What the model loses", kind="bar", table="loss", x="dictionary", y="value", low="low", high="high",
+        x_label="dictionary in place of the activation", y_label="rise of the loss, nats per token",
+        reading="Rise of the next-token loss with the reconstruction spliced in. Zero ablation dwarfs everything: hold "
+        "a dictionary against mean ablation and PCA.",
+    ),
+    Panel(
+        title="How often latents fire", kind="line", table="density", x="log10_density", y="n_latents",
+        x_label="log10 of the share of test tokens at which a latent fires", y_label="latents",
+        reading="A heap at the right end are latents that are always on; silent latents are counted in dead_fraction.",
+    ),
+)  # fmt: skip

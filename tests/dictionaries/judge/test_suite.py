@@ -1,0 +1,195 @@
+"""The whole judgement on a tiny model: identities, what stands beside what, and that it repeats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from interp.core.errors import InterpError
+from interp.core.run import Run, load_run, save_run
+from interp.dictionaries.activations.jump_relu import JumpReLU
+from interp.dictionaries.activations.topk import TopK
+from interp.dictionaries.baselines import IdentityDictionary, fit_pca
+from interp.dictionaries.dictionary import SparseDictionary
+from interp.dictionaries.judge.config import JudgeConfig, Tier, tier_of
+from interp.dictionaries.judge.rerandomised import rerandomised
+from interp.dictionaries.judge.retrain import recipe, shuffled, steps_in, trainer
+from interp.dictionaries.judge.suite import METRICS, judge
+from interp.dictionaries.judge.texts import Texts, concept_activations, concept_records, gathered
+from interp.instrument.tokens import from_ids
+from interp.models.model import LoadedModel
+from interp.models.tiny import tiny_model
+
+CFG = JudgeConfig(site="resid_post.1", n_steps=25)
+SMALL = Tier(n_test=10, n_train=20, length=24, n_seeds=2, seconds=1, n_steps=25, n_latents=20)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def texts(model: LoadedModel) -> Texts:
+    ids = torch.randint(0, 250, (30, 24), generator=torch.Generator().manual_seed(0))
+    return Texts(train=from_ids(model, ids[:20]), test=from_ids(model, ids[20:]), name="random tokens")
+
+
+@pytest.fixture(scope="module")
+def trained(model: LoadedModel, texts: Texts) -> SparseDictionary:
+    x = gathered(model, texts, model.table.one("resid_post.1"), drop_norm=10.0)[0].tokens
+    found = trainer(recipe(SparseDictionary(32, 64, TopK(4)), 4.0))(x, 7)
+    assert isinstance(found, SparseDictionary)
+    return found
+
+
+@pytest.fixture(scope="module")
+def result(model: LoadedModel, texts: Texts, trained: SparseDictionary):
+    return judge(model, trained, CFG, texts=texts, tier=SMALL)
+
+
+def row(result, metric: str, dictionary: str):
+    scores = result.tables["scores"]
+    found = scores[(scores.metric == metric) & (scores.dictionary == dictionary)]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def test_everything_stands_beside_everything(result):
+    scores = result.tables["scores"]
+    for metric in ("fvu", "l0", "cosine", "gamma", "dead_fraction", "near_copies", "token_auc"):
+        names = set(scores[(scores.metric == metric) & scores.value.notna()].dictionary)
+        assert {"judged", "random", "retrained", "shuffled", "random model"} <= names, metric
+    assert {"judged", "PCA", "zero ablation", "mean ablation", "shuffled"} <= set(
+        scores[scores.metric == "kl"].dictionary
+    )
+    assert set(scores[scores.metric == "kl"].activations) == {"text"}
+    assert row(result, "fvu", "random model").activations == "own"
+    assert set(scores.metric) <= set(METRICS)
+    for name in ("judged", "PCA"):
+        at = row(result, "fvu", name)
+        assert at.low < at.value < at.high and at.n_sequences == 10 and at.n_seeds == 1
+    seeds = row(result, "fvu", "retrained")
+    assert seeds.n_seeds == 2 and seeds.seed_low < seeds.value < seeds.seed_high
+    assert row(result, "l0", "PCA").value == 4.0 and row(result, "l0", "random").value <= 4.0
+    assert row(result, "kl_recovered", "zero ablation").value == 0.0
+    assert row(result, "kl_recovered_mean", "mean ablation").value == 0.0
+
+
+def test_order_of_the_dictionaries_is_what_training_says(result):
+    fvu = {name: row(result, "fvu", name).value for name in ("judged", "retrained", "shuffled", "random")}
+    assert fvu["judged"] < fvu["shuffled"] and fvu["retrained"] < fvu["shuffled"]
+    agreeing = result.tables["agreement"]
+    assert agreeing[agreeing.dictionary == "judged"].shape[0] == 2
+    assert (agreeing.stability_chance < 1).all()
+
+
+def test_headline_controls_and_manifest(result):
+    headline = result.headline
+    assert headline["fvu"] == row(result, "fvu", "judged").value
+    assert headline["fvu_pca"] == row(result, "fvu", "PCA").value and headline["n_steps"] == 25
+    assert headline["fvu_random_model"] == row(result, "fvu", "random model").value
+    assert {control.name for control in result.controls} == {"PCA", "random", "shuffled", "mean ablation"}
+    against = next(c for c in result.controls if c.name == "shuffled" and c.statistic.startswith("FVU"))
+    assert against.observed == pytest.approx(headline["fvu"]) and against.passed
+    assert result.manifest.metrics == METRICS and all(text.startswith("v1: ") for text in METRICS.values())
+    assert any("25 steps" in note for note in result.notes)
+
+
+def test_it_repeats_and_survives_the_disk(model, texts, trained, result, tmp_path):
+    again = judge(model, trained, CFG, texts=texts, tier=SMALL)
+    left, right = (one.tables["scores"].drop(columns=[]) for one in (result, again))
+    assert left.equals(right)
+    save_run(tmp_path / "run", Run(results=(result,), facts={}))
+    back = load_run(tmp_path / "run").results[0]
+    assert back.headline == dict(result.headline) and back.tables["scores"].shape == left.shape
+
+
+def test_the_identity_is_perfect(model, texts):
+    tier = Tier(n_test=10, n_train=20, length=24, n_seeds=1, seconds=1, n_steps=5, n_latents=5)
+    found = judge(model, IdentityDictionary(32), JudgeConfig(site="resid_post.1", n_steps=5), texts=texts, tier=tier)
+    head = found.headline
+    assert (
+        head["fvu"] == 0.0 and head["gamma"] == pytest.approx(1.0) and head["ce_increase"] == pytest.approx(0, abs=1e-6)
+    )
+    for metric in ("loss_recovered", "loss_recovered_mean", "kl_recovered"):
+        at = row(found, metric, "judged").value
+        assert at != at or at == pytest.approx(1.0, abs=1e-4)  # NaN where ablation costs this model nothing
+    assert head["fvu_pca"] == pytest.approx(0.0, abs=1e-6)  # 32 components of 32
+
+
+def test_concepts_are_asked_of_every_dictionary(model, texts, trained, monkeypatch):
+    tier = Tier(n_test=10, n_train=20, length=24, n_seeds=1, seconds=1, n_steps=5, n_latents=5, concept_texts=(12, 8))
+    cfg = JudgeConfig(site="resid_post.1", n_steps=5, concepts=("docs", "docstrings:rich"))
+    found = judge(model, trained, cfg, texts=texts, tier=tier)
+    scores = found.tables["scores"]
+    for metric in ("probe_top1", "probe_top5", "tpp_top2"):
+        names = set(scores[scores.metric == metric].dictionary)
+        assert {"judged", "PCA", "random", "retrained", "shuffled", "random model", "random latents"} <= names
+    assert {"all of x", "neurons of x"} <= set(scores[scores.metric == "probe_top1"].dictionary)
+    probe = row(found, "probe_top1", "judged")
+    assert 0.0 <= probe.value <= 1.0 and probe.n_sequences == 16
+
+
+def test_the_callers_trainer_is_used(model, texts, trained):
+    asked: list[int] = []
+
+    def train(x: torch.Tensor, seed: int):
+        asked.append(seed)
+        return fit_pca(x, 3)
+
+    tier = Tier(n_test=10, n_train=20, length=24, n_seeds=1, seconds=1, n_steps=5, n_latents=0)
+    found = judge(model, trained, JudgeConfig(site="resid_post.1", seed=3), texts=texts, tier=tier, train=train)
+    assert asked == [3, 3, 3] and found.headline["n_steps"] == 0
+    assert row(found, "l0", "retrained").value == 3.0
+
+
+def test_random_weights_keep_their_size_and_lose_their_order(model):
+    other, third = rerandomised(model, seed=0), rerandomised(model, seed=1)
+    for (name, old), (_, new) in zip(model.module.named_parameters(), other.module.named_parameters(), strict=True):
+        assert not torch.equal(old, new), name
+        if old.ndim > 1:
+            assert float(new.detach().std()) == pytest.approx(float(old.detach().std()), rel=0.1)
+        else:
+            torch.testing.assert_close(old.sort().values, new.sort().values)
+    assert other.weight_hash != model.weight_hash and third.weight_hash != other.weight_hash
+    assert rerandomised(model, seed=0).weight_hash == other.weight_hash
+    tied = tiny_model("llama", overrides={"tie_word_embeddings": True})
+    module = rerandomised(tied).module
+    assert module.get_input_embeddings().weight is module.get_output_embeddings().weight
+
+
+def test_recipes_and_steps():
+    assert recipe(SparseDictionary(8, 32, TopK(3)), 2.6).kind == "topk"
+    stand_in = recipe(SparseDictionary(8, 32, JumpReLU(32)), 4.4)
+    assert (stand_in.kind, stand_in.k, stand_in.d_dict) == ("batch_topk", 4, 32)
+    assert recipe(IdentityDictionary(8), 8.0).d_dict == 16
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    cfg = recipe(SparseDictionary(8, 32, TopK(3)), 3.0)
+    assert steps_in(x, cfg, seconds=1e-9, at_most=100) == 20 and steps_in(x, cfg, seconds=1e9, at_most=100) == 100
+    with pytest.raises(InterpError, match="no time"):
+        steps_in(x, cfg, seconds=0, at_most=5)
+    seen = torch.cat([batch for batch, _ in zip(shuffled(x, 100, seed=0), range(3), strict=False)])
+    assert torch.equal(seen.sort(0).values, x.sort(0).values)
+    assert next(shuffled(x, 1000, seed=0)).shape == (300, 8)
+
+
+def test_concept_texts_are_disjoint_and_labelled(model):
+    records = concept_records(model, ("docs", "docstrings:rich"), n_texts=6, length=16)
+    site = model.table.one("resid_post.1")
+    train, test = concept_activations(model, records, site, n_train=4, drop_norm=10.0)
+    assert train.labels.tolist() == [0] * 4 + [1] * 4 and test.labels.tolist() == [0, 0, 1, 1]
+    assert not bool(train.keep[:, 0].any()) and train.names == ("docs", "docstrings:rich")
+    with pytest.raises(InterpError, match="ask for fewer texts"):
+        concept_records(model, ("docstrings:rich",), n_texts=10**6, length=100)
+
+
+def test_bad_input_is_named(model, texts, trained):
+    with pytest.raises(InterpError, match="unknown tier 'hour'"):
+        tier_of("hour")
+    with pytest.raises(InterpError, match="reads 8; wrong site"):
+        judge(model, SparseDictionary.random(8, 16, TopK(2), seed=0), CFG, texts=texts, tier=SMALL)
+    with pytest.raises(InterpError, match="a transcoder is not judged here"):
+        judge(model, SparseDictionary(32, 16, TopK(2), d_out=8), CFG, texts=texts, tier=SMALL)
+    with pytest.raises(InterpError, match="test text is the training text"):
+        Texts(train=texts.train, test=texts.train, name="same")
