@@ -1,0 +1,111 @@
+"""`interp sae eval PATH`: what is a saved dictionary worth, beside PCA, chance and untrained models?"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from interp.cli import console, options
+from interp.cli.run import controls_json, new_folder, print_results
+from interp.core.errors import InterpError
+
+DictionaryPath = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A saved dictionary: interp, SAELens, sparsify, circuit-tracer or plain.")
+]
+ModelOfDictionary = Annotated[
+    str | None, typer.Option("--model", "-m", help="The model it was trained on. [default: what the file says]")
+]
+SiteOfDictionary = Annotated[
+    str | None, typer.Option("--site", help="Where it reads and writes. [default: what the file says]")
+]
+Format = Annotated[str | None, typer.Option("--format", help="Layout of the files, where it cannot be told.")]
+Tier = Annotated[str, typer.Option("--tier", help="minute, ten-minutes or full.")]
+Corpus = Annotated[str, typer.Option("--corpus", help="Text to score on; `interp capture --help` lists corpora.")]
+Skip = Annotated[int, typer.Option("--skip", min=0, help="Sequences to leave out first: those it was trained on.")]
+Steps = Annotated[
+    int,
+    typer.Option("--steps", min=0, help="Training steps of each comparison; 0 takes what fits into the tier's time."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="First seed of trainings and draws.")]
+
+
+def evaluate(
+    path: DictionaryPath,
+    model: ModelOfDictionary = None,
+    site: SiteOfDictionary = None,
+    tier: Tier = "minute",
+    corpus: Corpus = "docs",
+    skip: Skip = 0,
+    steps: Steps = 0,
+    seed: Seed = 0,
+    format_: Format = None,
+    out: options.Out = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    report: options.Report = True,
+    as_json: options.Json = False,
+) -> None:
+    """Score a saved dictionary on unseen text, every number beside its controls."""
+    from interp.core.run import Run, save_run
+    from interp.dictionaries.formats.table import load_dictionary
+    from interp.dictionaries.judge.config import JudgeConfig, tier_of
+    from interp.dictionaries.judge.suite import judge
+
+    tier_of(tier)
+    folder = options.check_out(out or new_folder("sae_eval"))
+    saved = load_dictionary(path, format_)
+    where, whose = _site(saved.about, site), _model(saved.about, model)
+    cfg = JudgeConfig(site=where, tier=tier, corpus=corpus, skip=skip, n_steps=steps, seed=seed)
+    began = time.perf_counter()
+    with console.progress() as progress:
+        with progress.step(f"opening {whose}"):
+            opened = options.open_model(whose, device, dtype)
+        result = judge(opened, saved.dictionary.to(opened.device), cfg, data={"dictionary": path.as_posix()})
+        run = Run(results=(result,), facts={"seconds": round(time.perf_counter() - began, 3)})
+        save_run(folder, run)
+        if report:
+            from interp.report.html import write_report
+
+            with progress.step("writing the report"):
+                write_report(folder)
+    if as_json:
+        console.emit_json({"run": folder.as_posix(), "summary": run.summary, "controls": controls_json(run.results)})
+        return
+    print_scores(result)
+    print_results(run.results)
+    console.line(f"saved  {folder.as_posix()}")
+    if report:
+        console.line(f"report {(folder / 'report.html').as_posix()}", "bold")
+
+
+def print_scores(result: Any) -> None:
+    """One row per metric, one column per dictionary."""
+    from interp.report.tables import shown
+
+    scores = result.tables["scores"]
+    names = list(dict.fromkeys(scores["dictionary"]))
+    rows: list[tuple[str, ...]] = []
+    for metric in dict.fromkeys(scores["metric"]):
+        values = scores[scores["metric"] == metric].set_index("dictionary")["value"]
+        known = [name in values.index and values[name] == values[name] for name in names]
+        rows.append((metric, *(shown(float(values[n])) if has else "" for n, has in zip(names, known, strict=True))))
+    console.table("Scores (random model: on its own activations)", ("metric", *names), rows, right=names)
+
+
+def _site(about: Any, given: str | None) -> str:
+    own, target = about.get("site"), about.get("target_site")
+    if target is not None and target != own:
+        raise InterpError(f"a transcoder from {own} to {target} is not judged here, only dictionaries of one site")
+    if given is None and not isinstance(own, str):
+        raise InterpError("the file does not say at which site the dictionary reads; pass --site, e.g. resid_post.10")
+    return given or str(own)
+
+
+def _model(about: Any, given: str | None) -> str:
+    own = about.get("model")
+    if given is None and not isinstance(own, str):
+        raise InterpError(f"the file does not say which model it is for; pass --model, e.g. {options.DEFAULT_MODEL}")
+    return given or str(own)
