@@ -8,7 +8,7 @@ or other latents; on one process it does nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -124,10 +124,13 @@ def observe(
     *,
     gradient: Float[Tensor, "batch d_out"] | None = None,
     dead: Bool[Tensor, "d_dict"] | None = None,
-    buffer: Tensor | None = None,
+    workspace: Any = None,
     group: Group | None = None,
 ) -> Activity:
-    """Run one batch forward, as in training. `y` None is an autoencoder: the target is x."""
+    """Run one batch forward, as in training. `y` None is an autoencoder: the target is x.
+
+    `workspace` is an `interp.kernels.workspace.Workspace`: memory kept between calls.
+    """
     group = group or Alone()
     u = group.spread(dictionary.centred(x))
     scaled = dictionary.normalised(x)[0] * dictionary.scale_in
@@ -139,7 +142,7 @@ def observe(
         combined = f @ dictionary.W_dec
     else:
         with torch.no_grad():
-            inputs = dictionary.inputs(u, gradient=gradient, buffer=buffer)
+            inputs = dictionary.inputs(u, gradient=gradient, workspace=workspace)
             selected = dictionary.activation.select(inputs)
             selected = group.narrow(selected, selected[0].shape[-1])
         codes = wide = dictionary.latents(u, selected)
@@ -152,6 +155,6 @@ def observe(
     if dead is None:
         dead = torch.zeros(dictionary.d_dict, dtype=torch.bool, device=x.device)
     return Activity(
-        dictionary=dictionary, u=u, target=target, output=group.join(combined) + straight, codes=codes, wide=wide, z=z, f=f,
-        dead=dead, group=group, straight=straight.expand_as(target),
+        dictionary=dictionary, u=u, target=target, output=group.join(combined) + straight, codes=codes, wide=wide,
+        z=z, f=f, dead=dead, group=group, straight=straight.expand_as(target),
     )  # fmt: skip

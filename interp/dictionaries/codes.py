@@ -28,6 +28,8 @@ class SparseCodes:
     """What decoding multiplies each token's sum by, where inputs were normalised token by token; None for 1."""
     offset: Float[Tensor, "*batch d_out"] | None = None
     """What decoding adds to each token besides its features: a skip connection, a removed mean; None for 0."""
+    segments: tuple[Tensor, Tensor] | None = None
+    """The slots sorted by latent, where that was computed: both gradients with d_dict rows need it."""
 
     def __post_init__(self) -> None:
         if self.values.shape != self.indices.shape or self.values.ndim < 1:
@@ -53,7 +55,7 @@ class SparseCodes:
 
     def with_values(self, values: Float[Tensor, "*batch k"]) -> SparseCodes:
         """Other values at the same latents, decoded in the same way."""
-        return SparseCodes(values, self.indices, self.d_dict, self.gain, self.offset)
+        return SparseCodes(values, self.indices, self.d_dict, self.gain, self.offset, self.segments)
 
     def first(self, n_slots: int) -> SparseCodes:
         """The first slots of each token alone."""

@@ -15,7 +15,7 @@ https://arxiv.org/abs/2406.11944 (transcoder); J. Lindsey et al. 2024 (crosscode
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.base import check_width
 from interp.dictionaries.codes import SparseCodes
 from interp.kernels.sparse_autograd import (  # pyright: ignore[reportMissingImports]  # found at run time
+    latent_segments,
     sparse_decode,
     sparse_encode,
 )
@@ -130,18 +131,21 @@ class SparseDictionary(nn.Module):
         return scaled - self.b_dec if self.subtract_b_dec else scaled
 
     def inputs(
-        self, u: Float[Tensor, "batch d_in"], *, gradient: Tensor | None = None, buffer: Tensor | None = None
+        self, u: Float[Tensor, "batch d_in"], *, gradient: Tensor | None = None, workspace: Any = None
     ) -> Inputs:
         """What the activation may look at."""
         return Inputs(
-            u=u, W_enc=self.W_enc, b_enc=self.b_enc, W_dec=self.W_dec, gradient=gradient, buffer=buffer
+            u=u, W_enc=self.W_enc, b_enc=self.b_enc, W_dec=self.W_dec, gradient=gradient, workspace=workspace
         )  # fmt: skip
 
     def latents(self, u: Float[Tensor, "batch d_in"], selected: Selected) -> SparseCodes:
         """Codes of the selected pre-activations of u, in the graph."""
         values, indices = selected
-        z = sparse_encode(u, self.W_enc, self.b_enc, values, indices)
-        return SparseCodes(self.activation.amplitudes(z, indices, self.b_enc), indices, self.d_dict)
+        learns = torch.is_grad_enabled() and self.W_enc.requires_grad
+        segments = latent_segments(indices, self.d_dict) if learns else None
+        z = sparse_encode(u, self.W_enc, self.b_enc, values, indices, segments)
+        amplitudes = self.activation.amplitudes(z, indices, self.b_enc)
+        return SparseCodes(amplitudes, indices, self.d_dict, segments=segments)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
         """Sparse codes of each token, as at inference; gradients run through the active latents."""
@@ -159,7 +163,7 @@ class SparseDictionary(nn.Module):
 
     def combine(self, codes: SparseCodes) -> Float[Tensor, "batch d_out"]:
         """f W_dec of codes with one token axis: no bias, no scale."""
-        return sparse_decode(codes.values, codes.indices, self.W_dec)
+        return sparse_decode(codes.values, codes.indices, self.W_dec, codes.segments)
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "*batch d_out"]:
         """y_hat, in the units of y."""

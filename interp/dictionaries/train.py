@@ -33,6 +33,7 @@ from interp.dictionaries.losses import fvu
 from interp.dictionaries.resample import resample
 from interp.dictionaries.start import initial
 from interp.dictionaries.train_config import TrainConfig, k_at, learning_rate, penalty_at
+from interp.kernels.workspace import Workspace  # pyright: ignore[reportMissingImports]  # found at run time
 
 
 class Diverged(InterpError):
@@ -79,14 +80,7 @@ class Stepper:
         self.silent: Int[Tensor, "d_dict"] = torch.zeros(sae.d_dict, dtype=torch.long, device=sae.W_dec.device)
         self.n_tokens = 0
         self.objective = make_objective(cfg)
-        self._buffer: Tensor | None = None
-
-    def _memory(self, x: Tensor) -> Tensor | None:
-        if self.sae.activation.dense:
-            return None
-        if self._buffer is None or self._buffer.shape[0] < len(x):
-            self._buffer = torch.empty(len(x), self.sae.d_dict, dtype=x.dtype, device=x.device)
-        return self._buffer
+        self.workspace = Workspace()
 
     def step(
         self,
@@ -99,7 +93,7 @@ class Stepper:
         """One optimiser step on one batch; the row of the training curve. Raises Diverged before any weight moves."""
         dead = self.begin(number)
         at = observe(
-            self.sae, x, y, gradient=gradient, dead=dead, buffer=self._memory(x), group=self.group
+            self.sae, x, y, gradient=gradient, dead=dead, workspace=self.workspace, group=self.group
         )  # fmt: skip
         return self.finish(number, at)
 

@@ -119,7 +119,7 @@ def test_top_afa_picks_the_k_whose_code_norm_meets_the_input_norm():
     codes = sae.encode(x).dense()
     for row in range(B):
         sizes, order = (z[row] * norms).sort(descending=True)
-        goal = float((x[row] - sae.b_dec).norm())
+        goal = float((x[row] - sae.b_dec.detach()).norm())
         best = min(range(1, M + 1), key=lambda n: abs(math.sqrt(float(sizes[:n].square().sum())) - goal))
         expected = torch.zeros(M, dtype=torch.float64)
         expected[order[:best]] = z[row, order[:best]]
@@ -278,7 +278,8 @@ def test_every_kind_learns_planted_features_and_resumes_bit_for_bit(kind):
         return (active * (0.5 + torch.rand(256, 32, generator=source))) @ truth + 0.3
 
     cfg = TrainConfig(kind=kind, d_dict=32, k=4, n_steps=300, batch_size=256, lr=3e-3, shells=(0.5, 0.5),
-                      threshold=0.5, bandwidth=0.3, dead_after_tokens=20_000)  # fmt: skip
+                      threshold=0.5, bandwidth=0.3, dead_after_tokens=20_000,
+                      sparsity_weight=0.3 if kind == "relu" else -1.0)  # fmt: skip
     sample = torch.cat([batch(10_000 + i) for i in range(4)])
     steps = Stepper(initial(sample, cfg), cfg)
     rows, saved = [], None

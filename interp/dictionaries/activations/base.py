@@ -20,7 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp.core.errors import InterpError
+from interp.kernels.batch_encode import (  # pyright: ignore[reportMissingImports]  # found at run time
+    batch_topk_encode,
+    groupmax_encode,
+    threshold_encode,
+)
 from interp.kernels.topk_encode import preactivations, topk_encode  # pyright: ignore[reportMissingImports]
+from interp.kernels.workspace import Workspace  # pyright: ignore[reportMissingImports]
 
 Selected = tuple[Tensor, Tensor]
 """Pre-activations (batch, k) and their indices (batch, k); a slot that is not positive is not active."""
@@ -36,24 +42,40 @@ class Inputs:
     W_dec: Float[Tensor, "d_dict d_out"]
     gradient: Float[Tensor, "batch d_out"] | None = None
     """d(model loss) / d(target), in the units of the dictionary's output; only gradient-aware selection asks for it."""
-    buffer: Tensor | None = None
-    """Memory for the pre-activations, kept between calls."""
+    workspace: Workspace | None = None
+    """Memory kept between calls, and counts of what the selection did."""
 
     @property
     def d_dict(self) -> int:
         return self.W_enc.shape[1]
 
     def z(self) -> Float[Tensor, "batch d_dict"]:
-        """All pre-activations, without a graph; overwritten by the next call when there is a buffer."""
+        """All pre-activations, without a graph; overwritten by the next call with the same workspace."""
         with torch.no_grad():
-            return preactivations(self.u, self.W_enc, self.b_enc, self.buffer)
+            return preactivations(self.u, self.W_enc, self.b_enc, self.workspace)
 
     def topk(self, k: int) -> Selected:
         """The k largest pre-activations, in no order, without a graph."""
         if k > self.d_dict:
             raise InterpError(f"k={k} must lie in 1..d_dict={self.d_dict}; lower k or widen the dictionary")
         with torch.no_grad():
-            return topk_encode(self.u, self.W_enc, self.b_enc, k, self.buffer)
+            return topk_encode(self.u, self.W_enc, self.b_enc, k, self.workspace)
+
+    def batch_topk(self, k_total: int) -> Selected:
+        """The k_total largest positive pre-activations of the whole batch."""
+        with torch.no_grad():
+            selected, indices, _ = batch_topk_encode(self.u, self.W_enc, self.b_enc, k_total, self.workspace)
+            return selected, indices
+
+    def above(self, threshold: Tensor | float) -> Selected:
+        """All pre-activations above a threshold, a number or one per latent."""
+        with torch.no_grad():
+            return threshold_encode(self.u, self.W_enc, self.b_enc, threshold, self.workspace)
+
+    def group_max(self, n_groups: int) -> Selected:
+        """The largest pre-activation of each of n_groups consecutive groups of latents."""
+        with torch.no_grad():
+            return groupmax_encode(self.u, self.W_enc, self.b_enc, n_groups, self.workspace)
 
 
 class Activation(nn.Module):

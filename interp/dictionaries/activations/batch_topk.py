@@ -18,7 +18,6 @@ from torch import Tensor
 
 from interp.core.errors import InterpError
 from interp.dictionaries.activations.base import Activation, Inputs, Selected
-from interp.dictionaries.codes import pack
 
 RATE = 0.01
 """Weight of the newest batch in the running threshold."""
@@ -40,17 +39,12 @@ class BatchTopK(Activation):
     def active(self, inputs: Inputs) -> Selected:
         if float(self.threshold) < 0:
             raise InterpError("this batch top-k dictionary has no threshold yet; train it first")
-        z = inputs.z()
-        return pack(z, z > self.threshold.to(z.dtype))
+        return inputs.above(self.threshold)
 
     def select(self, inputs: Inputs) -> Selected:
-        z = inputs.z()
         if self.k > inputs.d_dict:
             raise InterpError(f"k={self.k} must lie in 1..d_dict={inputs.d_dict}; lower k or widen the dictionary")
-        largest = z.relu().flatten().topk(self.k * len(z), sorted=False).indices
-        chosen = torch.zeros(z.numel(), dtype=torch.bool, device=z.device)
-        chosen[largest] = True
-        return pack(z, chosen.view_as(z) & (z > 0))
+        return inputs.batch_topk(self.k * len(inputs.u))
 
     @torch.no_grad()
     def observe(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"]) -> None:

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp.dictionaries.activations.base import Activation, Inputs, Selected
-from interp.dictionaries.codes import pack
 
 
 class Gated(Activation):
@@ -30,8 +29,7 @@ class Gated(Activation):
         self.b_mag = nn.Parameter(torch.zeros(d_dict))
 
     def active(self, inputs: Inputs) -> Selected:
-        z = inputs.z()
-        return pack(z, z > 0)
+        return inputs.above(0.0)
 
     def amplitudes(
         self, z: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], b_enc: Float[Tensor, "d_dict"]

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from interp.core.errors import InterpError
 from interp.dictionaries.activations.base import Activation, Inputs, Selected
 
@@ -29,10 +27,7 @@ class GroupMax(Activation):
     def active(self, inputs: Inputs) -> Selected:
         if inputs.d_dict % self.k:
             raise InterpError(f"d_dict={inputs.d_dict} is not a multiple of k={self.k}, the number of groups")
-        z = inputs.z()
-        size = inputs.d_dict // self.k
-        selected, within = z.view(len(z), self.k, size).max(-1)
-        return selected, within + size * torch.arange(self.k, device=z.device)
+        return inputs.group_max(self.k)
 
     def settings(self) -> Mapping[str, Any]:
         return {"k": self.k}

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from interp.core.errors import InterpError
 from interp.dictionaries.activations.base import Activation, Inputs, Selected
-from interp.dictionaries.codes import pack
 
 
 class _Jump(torch.autograd.Function):
@@ -75,8 +74,7 @@ class JumpReLU(Activation):
         return self.log_threshold.exp()
 
     def active(self, inputs: Inputs) -> Selected:
-        z = inputs.z()
-        return pack(z, z > self.threshold.to(z.dtype))
+        return inputs.above(self.threshold)
 
     def values(self, z: Float[Tensor, "batch d_dict"], b_enc: Float[Tensor, "d_dict"]) -> Float[Tensor, "batch d_dict"]:
         return _apply(_Jump, z, self.threshold.to(z.dtype), self.bandwidth)

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.dictionaries.activations.base import Activation, Inputs, Selected
-from interp.dictionaries.codes import pack
 
 
 class ReLU(Activation):
@@ -20,8 +19,7 @@ class ReLU(Activation):
     dense = True
 
     def active(self, inputs: Inputs) -> Selected:
-        z = inputs.z()
-        return pack(z, z > 0)
+        return inputs.above(0.0)
 
     def values(self, z: Float[Tensor, "batch d_dict"], b_enc: Float[Tensor, "d_dict"]) -> Float[Tensor, "batch d_dict"]:
         return z.relu()
