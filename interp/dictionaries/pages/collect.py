@@ -29,7 +29,7 @@ from interp.core.errors import InterpError
 from interp.core.progress import track
 from interp.core.sites import Site
 from interp.dictionaries.base import Dictionary
-from interp.dictionaries.pages.ablation import Effects, ablate
+from interp.dictionaries.pages.ablation import Ablation, Effects
 from interp.dictionaries.pages.assemble import Chunk, examples_of, headers, jobs_of, numbers
 from interp.dictionaries.pages.choose import choose_latents, stand_ins
 from interp.dictionaries.pages.config import PagesConfig
@@ -194,7 +194,7 @@ class Pages:
         rows = {job.row: self.codes.block(job.row, job.row + 1) for job in jobs}
         ids = {row: torch.from_numpy(block.id.astype(np.int64)) for row, block in rows.items()}
         counted = {row: torch.from_numpy(block.kept) for row, block in rows.items()}
-        return ablate(self.model, self.dictionary, self.site, self.write_site, jobs, ids, counted)
+        return Ablation(self.model, self.dictionary, self.site, self.write_site).run(jobs, ids, counted)
 
     def _strings(self, chunk: Chunk) -> dict[int, str]:
         """Texts of the ids that the lists of this chunk need."""

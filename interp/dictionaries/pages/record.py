@@ -1,7 +1,7 @@
 """The one pass of the model: every token's sparse codes to disk, and totals of every latent in memory.
 
 Which tokens count: real ones that are not the first of their row and whose norm is at most `drop_norm` times the
-median norm (see `interp.dictionaries.sinks`). The median is that of the first rows of the input, a number that does
+median norm (see `interp.dictionaries.sinks`). The median is that of the first tokens of the input, a number that does
 not depend on how rows are put into batches. Tokens that do not count are kept as context, with no latent firing.
 Source of the order (cache codes first, then look at latents): Delphi, https://github.com/EleutherAI/delphi.
 """
@@ -27,8 +27,8 @@ from interp.instrument.stream_rows import Rows, run_batch
 from interp.instrument.tokens import TokenRecord
 from interp.models.model import LoadedModel
 
-NORM_ROWS = 64
-"""Rows whose norms give the median."""
+NORM_TOKENS = 8192
+"""Tokens whose norms give the median: the first ones."""
 BLOCK = 2048
 """Tokens encoded at once."""
 
@@ -66,13 +66,13 @@ def record_codes(
 ) -> tuple[Codes, Totals]:
     """Run everything through the model and the dictionary once."""
     totals = Totals.empty(dictionary.d_dict)
-    median = _median_norm(model, data, site) if drop_norm else None
+    ahead, median = _first_batches(model, data, site) if drop_norm else ({}, None)
     like = dictionary.features
     with CodesWriter(folder) as writer:
         for number in track(range(data.n_batches), "encoding the corpus"):
             batch = data.batch(number)
             record = _text(batch)
-            rows = run_batch(model, batch, [site])
+            rows = ahead.pop(number) if number in ahead else run_batch(model, batch, [site])
             x = rows[site].flatten(1).float()
             check_width(x, dictionary.d_in)
             kept = _counted(rows, record, x, median, drop_norm)
@@ -140,15 +140,13 @@ def _counted(rows: Rows, record: TokenRecord, x: Tensor, median: float | None, d
     return (x.norm(dim=-1).cpu() <= drop_norm * median) & ~first
 
 
-def _median_norm(model: LoadedModel, data: Batches, site: Site) -> float:
-    """Median norm over the first rows of the input, the same however they are batched."""
+def _first_batches(model: LoadedModel, data: Batches, site: Site) -> tuple[dict[int, Rows], float]:
+    """The batches with the first tokens, to be used again, and the median norm of these tokens."""
+    found: dict[int, Rows] = {}
     norms: list[Tensor] = []
-    n_rows = 0
     for number in range(data.n_batches):
-        rows = run_batch(model, data.batch(number), [site])
-        wanted = rows.item < NORM_ROWS - n_rows
-        norms.append(rows[site].flatten(1).float().norm(dim=-1).cpu()[wanted])
-        n_rows += len(rows.batch.rows)
-        if n_rows >= NORM_ROWS:
+        found[number] = run_batch(model, data.batch(number), [site])
+        norms.append(found[number][site].flatten(1).float().norm(dim=-1).cpu())
+        if sum(map(len, norms)) >= NORM_TOKENS:
             break
-    return float(torch.cat(norms).median())
+    return found, float(torch.cat(norms)[:NORM_TOKENS].median())

@@ -200,7 +200,9 @@ def test_chunks_of_latents_do_not_matter(record: TokenRecord, chunk: int) -> Non
     whole = collect(record, dataclasses.replace(CFG, n_ablated=0))
     for latent, page in collect(record, dataclasses.replace(CFG, n_ablated=0, chunk=chunk)).items():
         other = whole[latent]
-        assert dataclasses.replace(page, lens=None, neighbours=other.neighbours) == dataclasses.replace(other, lens=None)
+        assert dataclasses.replace(page, lens=None, neighbours=other.neighbours) == dataclasses.replace(
+            other, lens=None
+        )
         assert page.lens.top[0].id == other.lens.top[0].id
         assert page.lens.top[0].value == pytest.approx(other.lens.top[0].value, rel=1e-5)
         assert (page.lens.hit, page.lens.hit_null) == (other.lens.hit, other.lens.hit_null)
