@@ -23,8 +23,8 @@ class CodebookConfig:
     """Codes per group (a group is a head, or the whole site)."""
     k: int = 8
     """Codes per token and group."""
-    similarity: Similarity = "euclidean"
-    """What decides which codes are chosen: euclidean distance, or cosine with the code."""
+    similarity: Similarity = "cosine"
+    """What decides which codes are chosen: cosine with the code, or euclidean distance, which suits k = 1 and ema."""
     update: Update = "gradient"
     """gradient, ema (moving averages), simvq (one matrix moves all codes) or cvq (idle codes move towards inputs)."""
     start: Start = "sample"
@@ -41,8 +41,8 @@ class CodebookConfig:
     """Optimiser steps."""
     batch_size: int = 1024
     """Tokens per step, when trained on activations."""
-    lr: float = 0.01
-    """Peak learning rate of codes; activations have unit variance."""
+    lr: float = 0.05
+    """Peak learning rate of codes, for Adam; activations have unit variance."""
     task: Task = "none"
     """Through the model: kl to the untouched model's predictions, or ce, the next token's cross-entropy."""
     task_weight: float = 1.0
