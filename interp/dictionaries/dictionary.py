@@ -189,7 +189,8 @@ class SparseDictionary(nn.Module):
         made.b_dec.copy_(self.b_dec / self.scale_out)
         if made.W_skip is not None and self.W_skip is not None:
             made.W_skip.copy_(self.W_skip * self.scale_in.reshape(-1, 1) / self.scale_out)
-        made.scale_in = made.scale_out = torch.ones((), dtype=self.scale_in.dtype, device=self.scale_in.device)
+        made.scale_in = torch.ones((), dtype=self.scale_in.dtype, device=self.scale_in.device)
+        made.scale_out = made.scale_in.clone()  # tensors that share memory cannot be saved
         return made
 
     @torch.no_grad()
