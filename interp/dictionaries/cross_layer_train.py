@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.core.errors import InterpError, unknown
-from interp.core.progress import track
 from interp.core.seed import derive
 from interp.dictionaries.activity import Activity, observe
 from interp.dictionaries.base import check_width
@@ -28,7 +27,7 @@ from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.kinds import make_objective
 from interp.dictionaries.losses import fvu
 from interp.dictionaries.start import initial
-from interp.dictionaries.train import Diverged, normalise_decoder, project_decoder_grad, set_k
+from interp.dictionaries.train import Diverged, normalise_decoder, project_decoder_grad, run_steps, set_k
 from interp.dictionaries.train_config import TrainConfig, k_at, learning_rate, penalty_at
 
 KINDS = ("topk", "batch_topk", "group_max", "relu", "jump_relu")
@@ -180,13 +179,10 @@ def train_layers(
 ) -> TrainedLayers:
     """Train on an endless stream of shuffled (inputs, outputs), each stacked over layers."""
     steps = CrossLayerStepper(initial_layers(*sample, n_layers, cfg), cfg)
-    curve: list[dict[str, float | int]] = []
-    for number in track(range(cfg.n_steps), "training the cross-layer transcoder"):
-        x, y = next(batches)
-        row = steps.step(number, x.float(), y.float())
-        if number % cfg.log_every == 0 or number == cfg.n_steps - 1:
-            curve.append(row)
-    return TrainedLayers(clt=steps.clt.folded().requires_grad_(False), curve=pd.DataFrame(curve))
+    curve = run_steps(
+        lambda number, pair: steps.step(number, pair[0].float(), pair[1].float()), batches, cfg, "training all layers"
+    )
+    return TrainedLayers(clt=steps.clt.folded().requires_grad_(False), curve=curve)
 
 
 def _check_kind(cfg: TrainConfig) -> None:

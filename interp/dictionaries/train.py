@@ -12,9 +12,9 @@ Feed shuffled tokens (neighbours are correlated), and drop massive activations f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -34,6 +34,9 @@ from interp.dictionaries.resample import resample
 from interp.dictionaries.start import initial
 from interp.dictionaries.train_config import TrainConfig, k_at, learning_rate, penalty_at
 from interp.kernels.workspace import Workspace  # pyright: ignore[reportMissingImports]  # found at run time
+
+
+Batch = TypeVar("Batch")
 
 
 class Diverged(InterpError):
@@ -187,16 +190,45 @@ def train_sae(
     sample: activations from which scale and b_dec start (a few thousand; the first 32,768 are used).
     """
     steps = Stepper(initial(sample, cfg), cfg)
+    curve = run_steps(lambda number, x: steps.step(number, x.float()), batches, cfg)
+    scale = float(steps.sae.scale_in)
+    return Trained(sae=steps.sae.folded().requires_grad_(False), curve=curve, scale=scale)
+
+
+def train_transcoder(
+    batches: Iterator[tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]],
+    sample: tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]],
+    cfg: TrainConfig,
+) -> Trained:
+    """Train a transcoder on an endless stream of shuffled (input, target) pairs; cfg.skip adds a linear path."""
+    x, y = sample
+    steps = Stepper(initial(x, cfg, targets=y), cfg)
+    curve = run_steps(
+        lambda number, pair: steps.step(number, pair[0].float(), pair[1].float()),
+        batches,
+        cfg,
+        "training the transcoder",
+    )
+    scale = float(steps.sae.scale_in)
+    return Trained(sae=steps.sae.folded().requires_grad_(False), curve=curve, scale=scale)
+
+
+def run_steps(
+    step: Callable[[int, Batch], dict[str, float | int]],
+    batches: Iterator[Batch],
+    cfg: TrainConfig,
+    label: str = "training the dictionary",
+) -> pd.DataFrame:
+    """All steps of a config on an endless stream; the training curve."""
     curve: list[dict[str, float | int]] = []
-    for number in track(range(cfg.n_steps), "training the dictionary"):
+    for number in track(range(cfg.n_steps), label):
         try:
-            x = next(batches)
+            batch = next(batches)
         except StopIteration as error:
             raise InterpError(
                 f"the activations ran out at step {number} of {cfg.n_steps}; pass an endless stream"
             ) from error
-        row = steps.step(number, x.float())
+        row = step(number, batch)
         if number % cfg.log_every == 0 or number == cfg.n_steps - 1:
             curve.append(row)
-    scale = float(steps.sae.scale_in)
-    return Trained(sae=steps.sae.folded().requires_grad_(False), curve=pd.DataFrame(curve), scale=scale)
+    return pd.DataFrame(curve)
