@@ -34,7 +34,7 @@ from interp.dictionaries.pages.assemble import Chunk, examples_of, headers, jobs
 from interp.dictionaries.pages.choose import choose_latents, stand_ins
 from interp.dictionaries.pages.config import PagesConfig
 from interp.dictionaries.pages.lens import Lens
-from interp.dictionaries.pages.neighbours import aligned_neurons, neighbours_of
+from interp.dictionaries.pages.neighbours import aligned_neurons, chance, n_neurons, neighbours_of
 from interp.dictionaries.pages.record import Totals, record_codes
 from interp.dictionaries.pages.tally import Tally
 from interp.dictionaries.pages.values import Example, FeaturePage, Histogram, Overview
@@ -101,6 +101,8 @@ class Pages:
         """What all pages share."""
         cfg, fired = self.cfg, self.totals.firings
         n_dead, n_live = int((fired == 0).sum()), int((fired >= cfg.min_firings).sum())
+        width = self.features.shape[1]
+        n_near = n_neurons(self.model, self.write_site, width)
         site = str(self.site) if self.site == self.write_site else f"{self.site} to {self.write_site}"
         return Overview(
             model=self.model.source,
@@ -121,6 +123,8 @@ class Pages:
             layer=self.site.layer,
             lens_warning=self.lens_warning,
             density=_density(self.totals),
+            chance_similar=chance(len(fired) - 1, width, signed=True),
+            chance_neurons=chance(n_near, width, signed=False) if n_near else None,
             notes=self._notes(),
         )
 
@@ -156,7 +160,7 @@ class Pages:
     @property
     def chunk(self) -> int:
         """Latents handled at once."""
-        widest = max(8 * len(self.totals.firings), 8 * self._d_vocab, 1)
+        widest = max(16 * len(self.totals.firings), 8 * self._d_vocab)
         return self.cfg.chunk or max(1, min(256, TABLE // widest))
 
     @property
@@ -177,8 +181,12 @@ class Pages:
         chunk = Chunk(latents=latents, nulls=nulls, tally=tally, logits=logits, cfg=cfg)
         examples = examples_of(chunk, self.codes, self.totals)
         effects = self._ablated(chunk, examples) if cfg.n_ablated and self.model.dims.d_vocab else {}
-        neurons = aligned_neurons(self.model, self.write_site, self._rows(latents), cfg.n_neighbours)
-        near = neighbours_of(latents, self.features, tally.correlations(), neurons, cfg.n_neighbours)
+        others = np.maximum(nulls, 0)
+        neurons = aligned_neurons(
+            self.model, self.write_site, self._rows(latents), self._rows(others), cfg.n_neighbours
+        )
+        together = tally.correlations(latents), tally.correlations(np.where(nulls >= 0, nulls, latents))
+        near = neighbours_of(latents, nulls, self.features, together, neurons, cfg.n_neighbours)
         tops = headers(self.dictionary, self.features, latents, self.totals)
         pages = numbers(chunk, tops, near, examples, effects, self._strings(chunk), self.codes.rows)
         if not self.vectors:

@@ -4,18 +4,21 @@ similar      largest cosine of decoder rows
 correlated   largest Pearson correlation over the counted tokens (zeros included; from the tally)
 neurons      largest |cosine| of the decoder row with the row of W_down that an MLP neuron writes, over all layers
              that come before the site; at a site of neurons, the row's own largest coordinates
-Chance: the largest |cosine| of one random direction with n others in d dimensions is about sqrt(2 ln n / d); the pages
-print it beside the tables.
+Beside each number stands that of the latent's stand-in, an equally frequent other latent, with the same neighbour.
+Chance: the largest of n cosines of random directions in d dimensions has median Q(0.5^(1/n)), Q the quantile function
+of one cosine t, for which t^2 is Beta(1/2, (d - 1)/2) distributed. The pages print it beside the tables.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy import special
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,74 +66,94 @@ def _merged(best: Ranked, values: Tensor, start: int, n: int) -> Ranked:
     return Ranked(values=top.values, indices=numbers.gather(1, top.indices))
 
 
-def aligned_neurons(model: LoadedModel, site: Site, rows: Float[Tensor, "n d"], n: int) -> list[list[Neighbour]]:
+@torch.no_grad()
+def aligned_neurons(
+    model: LoadedModel, site: Site, rows: Float[Tensor, "n d"], nulls: Float[Tensor, "n d"], n: int
+) -> list[tuple[Neighbour, ...]]:
     """The neurons that write most along (or against) each row; empty where no neuron writes into this space."""
-    unit = F.normalize(rows.float(), dim=1).cpu()
-    if site.part is Part.NEURONS:
-        top = unit.abs().topk(min(n, unit.shape[1]), dim=1).indices
-        return [
-            [Neighbour(name=f"L{site.layer} N{i}", value=float(unit[r, i])) for i in found]
-            for r, found in enumerate(top.tolist())
-        ]
-    found: list[list[tuple[float, str]]] = [[] for _ in rows]
-    for layer in _layers_before(model, site):
-        weight = model.weight("W_down", layer)
-        if weight.ndim != 2 or weight.shape[1] != unit.shape[1]:
-            continue
-        cosines = unit @ F.normalize(weight.detach().float().cpu(), dim=1).T
+    unit, other = F.normalize(rows.float(), dim=1).cpu(), F.normalize(nulls.float(), dim=1).cpu()
+    found: list[list[Neighbour]] = [[] for _ in rows]
+    for layer, weight in _neurons(model, site, rows.shape[1]):
+        written = F.normalize(weight.detach().float().cpu(), dim=1).T
+        cosines, beside = unit @ written, other @ written
         top = cosines.abs().topk(min(n, cosines.shape[1]), dim=1).indices
         for r, best in enumerate(top.tolist()):
-            found[r] += [(float(cosines[r, i]), f"L{layer} N{i}") for i in best]
-    ranked = [sorted(rows_found, key=lambda item: -abs(item[0]))[:n] for rows_found in found]
-    return [[Neighbour(name=name, value=value) for value, name in rows_found] for rows_found in ranked]
+            found[r] += [
+                Neighbour(name=f"L{layer} N{i}", value=float(cosines[r, i]), null=float(beside[r, i])) for i in best
+            ]
+    return [tuple(sorted(near, key=lambda item: -abs(item.value))[:n]) for near in found]
 
 
-def _layers_before(model: LoadedModel, site: Site) -> list[int]:
-    """Layers whose MLP has written into the site."""
-    if site.path is not None or site.layer is None or site.part not in STREAM or not model.table.family:
-        return []
-    if site.part is Part.MLP_OUT:
-        layers = [site.layer]
-    else:
-        layers = list(range(site.layer if site.part in BEFORE_MLP else site.layer + 1))
-    return [layer for layer in layers if model.table.has_weight("W_down", layer)]
+def _neurons(model: LoadedModel, site: Site, d: int) -> Iterator[tuple[int, Tensor]]:
+    """Layer and, per neuron, what it writes in the space of the site, of all neurons before it."""
+    if site.path is not None or site.layer is None or not model.table.family:
+        return
+    if site.part is Part.NEURONS:
+        yield site.layer, torch.eye(d)
+    for layer in range(site.layer + 1) if site.part in STREAM else ():
+        if (layer == site.layer and site.part in BEFORE_MLP) or (layer != site.layer and site.part is Part.MLP_OUT):
+            continue
+        if model.table.has_weight("W_down", layer):
+            weight = model.weight("W_down", layer)
+            if weight.ndim == 2 and weight.shape[1] == d:  # experts have one more axis
+                yield layer, weight
+
+
+def n_neurons(model: LoadedModel, site: Site, d: int) -> int:
+    """How many neurons a row is compared with."""
+    return sum(len(weight) for _, weight in _neurons(model, site, d))
 
 
 def neighbours_of(
     latents: Int[np.ndarray, " n"],
+    nulls: Int[np.ndarray, " n"],
     features: Float[Tensor, "d_dict d_out"],
-    correlations: Float[np.ndarray, "n d_dict"],
-    neurons: list[list[Neighbour]],
+    correlations: tuple[Float[np.ndarray, "n d_dict"], Float[np.ndarray, "n d_dict"]],
+    neurons: list[tuple[Neighbour, ...]],
     n: int,
 ) -> list[Neighbours]:
-    """One value per latent."""
-    own = torch.from_numpy(latents)
-    rows = features[own.to(features.device)]
-    similar = nearest(rows.cpu(), features.detach().cpu(), n, leave_out=own)
-    r = torch.from_numpy(correlations).clone()
+    """One value per latent; correlations are those of the latents and of their stand-ins (-1: none)."""
+    own, others = torch.from_numpy(latents), features.cpu().float()
+    rows = others[own]
+    similar = nearest(rows, others, n, leave_out=own)
+    r = torch.from_numpy(correlations[0]).clone()
     r[torch.arange(len(own)), own] = -math.inf
     together = r.topk(min(n, r.shape[1]), dim=1)
-    coordinates = rows.float().cpu().topk(min(3, rows.shape[1]), dim=1)
-    sizes = rows.float().abs().sum(1).cpu()
-    return [
-        Neighbours(
-            similar=_latents(similar.values[i], similar.indices[i]),
-            correlated=_latents(together.values[i], together.indices[i], above=0.0),
-            neurons=tuple(neurons[i]),
-            coordinates=tuple(
-                (int(j), float(v), abs(float(v)) / float(sizes[i]) if sizes[i] else 0.0)
-                for j, v in zip(coordinates.indices[i], coordinates.values[i], strict=True)
-            ),
+    coordinates, sizes = rows.topk(min(3, rows.shape[1]), dim=1), rows.abs().sum(1)
+    found: list[Neighbours] = []
+    for i, null in enumerate(nulls.tolist()):
+        beside = F.cosine_similarity(others[null], others[similar.indices[i]], dim=-1).tolist()
+        near = _latents(similar.indices[i].tolist(), similar.values[i].tolist(), beside, null)
+        beside = correlations[1][i, together.indices[i].numpy()].tolist()
+        firing = _latents(together.indices[i].tolist(), together.values[i].tolist(), beside, null)
+        found.append(
+            Neighbours(
+                similar=near,
+                correlated=tuple(item for item in firing if item.value > 0),
+                neurons=neurons[i] if null >= 0 else tuple(replace(item, null=None) for item in neurons[i]),
+                coordinates=tuple(
+                    (int(j), float(v), abs(float(v)) / float(sizes[i]) if sizes[i] else 0.0)
+                    for j, v in zip(coordinates.indices[i], coordinates.values[i], strict=True)
+                ),
+            )
         )
-        for i in range(len(own))
-    ]
+    return found
 
 
-def _latents(values: Tensor, indices: Tensor, above: float = -math.inf) -> tuple[Neighbour, ...]:
-    pairs = zip(indices.tolist(), values.tolist(), strict=True)
-    return tuple(Neighbour(name=str(i), value=v, latent=i) for i, v in pairs if v > above and math.isfinite(v))
+def _latents(indices: list[int], values: list[float], beside: list[float], null: int) -> tuple[Neighbour, ...]:
+    """As neighbours; the stand-in itself is no null for its own row."""
+    return tuple(
+        Neighbour(name=str(i), value=value, null=other if null >= 0 and null != i else None, latent=i)
+        for i, value, other in zip(indices, values, beside, strict=True)
+        if math.isfinite(value)
+    )
 
 
-def chance(n: int, d: int) -> float:
-    """About the largest |cosine| of a random direction with n others in d dimensions."""
-    return min(1.0, math.sqrt(2 * math.log(max(n, 2)) / d))
+def chance(n: int, d: int, *, signed: bool) -> float:
+    """Median of the largest of n cosines (signed) or |cosines| of random directions in d dimensions."""
+    if d < 2 or n < 1:
+        return 1.0
+    share = 0.5 ** (1 / n)
+    below = abs(2 * share - 1) if signed else share
+    size = float(special.betaincinv(0.5, (d - 1) / 2, below)) ** 0.5
+    return size if not signed or share >= 0.5 else -size

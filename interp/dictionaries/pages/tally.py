@@ -44,9 +44,10 @@ class Tally:
         self.spread = Best(n * cfg.n_intervals, cfg.n_per_interval)
         self.histogram = np.zeros((n, cfg.n_bins), dtype=np.int64)
         self.hits, self.hits_null, self.n_next = (np.zeros(n, dtype=np.int64) for _ in range(3))
-        self.products = np.zeros((n, d_dict))
-        """sum over tokens of f_i f_j."""
         self.watched = np.unique(np.concatenate([latents, nulls[nulls >= 0]]))
+        """The latents and their stand-ins."""
+        self.products = np.zeros((len(self.watched), d_dict))
+        """sum over tokens of f_i f_j, for each watched latent i."""
         self.ids = np.zeros((len(self.watched), d_vocab), dtype=np.int32)
         """Firings of each watched latent on each token id."""
         self._place = _places(latents, d_dict)
@@ -64,8 +65,7 @@ class Tally:
         np.add.at(self.histogram, (place, bins), 1)
         self._examples(block, place, token, value, bins)
         self._hits(block, place, token)
-        self._tokens(block)
-        self._products(block, place, token, value)
+        self._pairs(block)
         self._n_rows += len(block.rows)
 
     def _bins(self, place: Int[np.ndarray, " m"], value: Float[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
@@ -103,33 +103,27 @@ class Tally:
         self.hits += np.bincount(place[(self.promoted[place] == following).any(1)], minlength=n)
         self.hits_null += np.bincount(place[(self.promoted_null[place] == following).any(1)], minlength=n)
 
-    def _tokens(self, block: Block) -> None:
+    def _pairs(self, block: Block) -> None:
+        """Which watched latents fire on which ids, and with which latents."""
         watch = self._watch[block.latent]
-        mine = watch >= 0
-        np.add.at(self.ids, (watch[mine], block.id[block.token[mine]]), 1)
-
-    def _products(
-        self,
-        block: Block,
-        place: Int[np.ndarray, " m"],
-        token: Int[np.ndarray, " m"],
-        value: Float[np.ndarray, " m"],
-    ) -> None:
+        mine = (watch >= 0).nonzero()[0]
+        watch, token = watch[mine], block.token[mine]
+        np.add.at(self.ids, (watch, block.id[token]), 1)
         n_tokens, d_dict = len(block.id), self.products.shape[1]
+        some = (block.value[mine].astype(np.float64), (watch, token))
         every = (block.value.astype(np.float64), (block.token, block.latent))
-        some = (value.astype(np.float64), (place, token))
-        left = sparse.csr_matrix(some, shape=(len(self.latents), n_tokens))
+        left = sparse.csr_matrix(some, shape=(len(self.watched), n_tokens))
         right = sparse.csr_matrix(every, shape=(n_tokens, d_dict))
         found = sparse.coo_matrix(left @ right)
-        self.products[found.row, found.col] += found.data  # every place once: coo of a csr product
+        self.products[found.row, found.col] += found.data  # every place once: a product of csr matrices
 
-    def correlations(self) -> Float[np.ndarray, "n d_dict"]:
-        """Pearson over the counted tokens; 0 where one of the two never varies."""
+    def correlations(self, latents: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n d_dict"]:
+        """Pearson of watched latents with all, over the counted tokens; 0 where one of the two never varies."""
         totals, n = self.totals, self.totals.n_counted
         spread = np.clip(n * totals.square - totals.total**2, 0, None)
-        own = self.latents
-        above = n * self.products - totals.total[own, None] * totals.total
-        below = np.sqrt(spread[own, None] * spread)
+        products = self.products[np.searchsorted(self.watched, latents)]
+        above = n * products - totals.total[latents, None] * totals.total
+        below = np.sqrt(spread[latents, None] * spread)
         return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
     def commonest(self) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

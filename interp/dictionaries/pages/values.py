@@ -69,6 +69,8 @@ class Neighbour:
     name: str
     """`1203` for a latent, `L3 N712` for a neuron of layer 3, `dim 17` for a coordinate."""
     value: float
+    null: float | None = None
+    """The same number with the stand-in in this latent's place."""
     latent: int | None = None
     """The latent, where it is one."""
 
@@ -180,4 +182,8 @@ class Overview:
     """Why the logit lens is weak or missing here."""
     density: Histogram
     """log10 of the density of all latents that fire."""
+    chance_similar: float
+    """Largest cosine of a random direction with as many random ones as there are other latents (median)."""
+    chance_neurons: float | None
+    """Largest |cosine| of a random direction with as many as there are neurons before the site (median)."""
     notes: tuple[str, ...] = ()
