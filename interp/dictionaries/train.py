@@ -35,7 +35,6 @@ from interp.dictionaries.start import initial
 from interp.dictionaries.train_config import TrainConfig, k_at, learning_rate, penalty_at
 from interp.kernels.workspace import Workspace  # pyright: ignore[reportMissingImports]  # found at run time
 
-
 Batch = TypeVar("Batch")
 
 
