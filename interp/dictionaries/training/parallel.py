@@ -1,0 +1,164 @@
+"""The processes that train a dictionary together. One process is a team of one, and the same code.
+
+    Team            one process
+    DataParallel    every process holds the whole dictionary and a part of the tokens; gradients are summed
+    WidthSharded    (`sharded`) every process holds a part of the latents and all tokens
+
+Data parallel equals one process up to the rounding of sums, for kinds that choose latents token by token. batch_topk
+and matryoshka spend their budget within each process' part of the batch, and their thresholds are averaged: close to
+one process, not equal. Resampling draws from the tokens of one process and is refused.
+A sweep needs no team: each process trains jobs of its own (`run.train_each`). Start processes with torchrun.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.core.errors import InterpError
+from interp.dictionaries.activations.base import Selected
+from interp.dictionaries.dictionary import SparseDictionary
+from interp.dictionaries.train import Stepper
+from interp.dictionaries.training.job import Batch, Job
+from interp.instrument.store_ranks import Ranks
+
+Parallel = str
+"""How several processes share the work: data, width or jobs."""
+WAYS: tuple[Parallel, ...] = ("data", "width", "jobs")
+
+
+class Team:
+    """One process; also the `Group` of its dictionaries."""
+
+    ranks = Ranks()
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of each batch this process reads."""
+        return (0, 1)
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+    def whole(self, x: Tensor) -> Tensor:
+        return x
+
+    def spread(self, u: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
+        return u
+
+    def narrow(self, selected: Selected, k: int) -> Selected:
+        return selected
+
+    def join(self, output: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
+        return output
+
+    def reduce(self, parameters: dict[str, Tensor]) -> None:
+        """Nothing to sum."""
+
+    def check(self, job: Job) -> None:
+        """Raise InterpError where a job cannot be shared in this way."""
+
+    def start(self, job: Job, sample: Batch, device: torch.device) -> SparseDictionary:
+        """What this process trains of a job, on its device."""
+        return job.start(sample).to(device)
+
+    def stored(self, name: str, tensor: Tensor) -> Any:
+        """A tensor of this process' state as a checkpoint takes it; latents are rows."""
+        return tensor
+
+    def local_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of this process' part of a tensor in a checkpoint."""
+        return shape
+
+    def gathered(self, dictionary: SparseDictionary) -> SparseDictionary:
+        """The whole dictionary, with tensors of its own."""
+        return dictionary.like()
+
+    def settle(self, stepper: Stepper) -> None:
+        """After a step: make equal what the step alone does not keep equal."""
+
+    def agreed(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return flag
+
+    def first(self, number: int) -> int:
+        """What the first process says."""
+        return number
+
+    def barrier(self) -> None:
+        """Until all are here."""
+
+
+class Several(Team):
+    """What every team of several processes does alike."""
+
+    def __init__(self) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise InterpError("several processes need torch.distributed; start them with torchrun")
+        self.ranks = Ranks.current()
+        self.device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+    def agreed(self, flag: bool) -> bool:
+        said = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said)
+
+    def first(self, number: int) -> int:
+        said = torch.tensor(number, device=self.device)
+        dist.broadcast(said, 0)
+        return int(said)
+
+    def barrier(self) -> None:
+        self.ranks.barrier()
+
+
+class DataParallel(Several):
+    """Whole dictionaries, parts of the tokens."""
+
+    @property
+    def part(self) -> tuple[int, int]:
+        return (self.ranks.rank, self.ranks.world)
+
+    def total(self, x: Tensor) -> Tensor:
+        return summed(x)
+
+    def reduce(self, parameters: dict[str, Tensor]) -> None:
+        pending = [
+            dist.all_reduce(_dense(parameter.grad), async_op=True)
+            for parameter in parameters.values()
+            if parameter.grad is not None
+        ]
+        for work in pending:
+            if work is not None:
+                work.wait()
+
+    def check(self, job: Job) -> None:
+        if job.config.resample_every:
+            raise InterpError("resample_every draws from the tokens of one process; use aux_weight with several")
+
+    def start(self, job: Job, sample: Batch, device: torch.device) -> SparseDictionary:
+        made = super().start(job, sample, device)
+        for tensor in made.state_dict().values():
+            dist.broadcast(_dense(tensor), 0)
+        return made
+
+    def settle(self, stepper: Stepper) -> None:
+        for buffer in stepper.sae.activation.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(summed(buffer) / self.ranks.world)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum over processes, without a graph."""
+    made = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(made)
+    return made
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A view of the same memory that collectives accept: encoders are stored column by column."""
+    return x if x.is_contiguous() else x.t()
