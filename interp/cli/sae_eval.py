@@ -24,7 +24,9 @@ SiteOfDictionary = Annotated[
 Format = Annotated[str | None, typer.Option("--format", help="Layout of the files, where it cannot be told.")]
 Tier = Annotated[str, typer.Option("--tier", help="minute, ten-minutes or full.")]
 Corpus = Annotated[str, typer.Option("--corpus", help="Text to score on; `interp capture --help` lists corpora.")]
-Skip = Annotated[int, typer.Option("--skip", min=0, help="Sequences to leave out first: those it was trained on.")]
+Skip = Annotated[
+    int, typer.Option("--skip-tokens", min=0, help="Tokens of the corpus to leave out first: what it was trained on.")
+]
 Steps = Annotated[
     int,
     typer.Option("--steps", min=0, help="Training steps of each comparison; 0 takes what fits into the tier's time."),
@@ -38,7 +40,7 @@ def evaluate(
     site: SiteOfDictionary = None,
     tier: Tier = "minute",
     corpus: Corpus = "docs",
-    skip: Skip = 0,
+    skip_tokens: Skip = 0,
     steps: Steps = 0,
     seed: Seed = 0,
     format_: Format = None,
@@ -58,7 +60,7 @@ def evaluate(
     folder = options.check_out(out or new_folder("sae_eval"))
     saved = load_dictionary(path, format_)
     where, whose = _site(saved.about, site), _model(saved.about, model)
-    cfg = JudgeConfig(site=where, tier=tier, corpus=corpus, skip=skip, n_steps=steps, seed=seed)
+    cfg = JudgeConfig(site=where, tier=tier, corpus=corpus, skip_tokens=skip_tokens, n_steps=steps, seed=seed)
     began = time.perf_counter()
     with console.progress() as progress:
         with progress.step(f"opening {whose}"):

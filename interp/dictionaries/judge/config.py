@@ -54,8 +54,8 @@ class JudgeConfig:
     """minute, ten-minutes or full."""
     corpus: str = "docs"
     """Text to score on; see `interp capture --help` for corpora."""
-    skip: int = 0
-    """Leave out so many sequences first: those that the dictionary was trained on."""
+    skip_tokens: int = 0
+    """Leave out so many tokens of the corpus first: those that the dictionary was trained on."""
     drop_norm: float = 10.0
     """Leave out position 0 and tokens whose norm exceeds this multiple of the median; 0 keeps every token."""
     n_steps: int = 0

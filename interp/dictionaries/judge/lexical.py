@@ -6,9 +6,10 @@ Offline substitutes; never call them autointerp scores.
     lens_lift     share of firings whose next token is among the 10 that the latent's row promotes most (see
                   `lens`), less that share at all tokens
 Null of the first: firings permuted over the tokens (.5). Null of the second: the promoted tokens of another latent.
-The trap both share: on a randomly initialised model tokens are all there is, so lexical latents are found there as
-well (T. Heap et al. 2025, https://arxiv.org/abs/2501.17727); hold token_auc against that model's. Early layers do not
-write in the vocabulary's basis, so the lens says little far from the last ones.
+The trap both share: a model with random weights has lexical latents as well (T. Heap et al. 2025,
+https://arxiv.org/abs/2501.17727), above all in its first layers; in SmolLM2-135M drawn anew an untrained dictionary has
+token_auc .96 after block 0, .75 after 2 and .57 after 10. Hold token_auc against an untrained dictionary's. Early
+layers do not write in the vocabulary's basis, so the lens says little far from the last ones.
 Rates back off, pair to token to mean, with one pseudo-count each: (n_fired + rate_below) / (n + 1). Latents are drawn
 at random among those that fire at least `MIN_FIRINGS` times in both halves; how many were too rare is reported.
 """

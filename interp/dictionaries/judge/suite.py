@@ -59,7 +59,7 @@ def judge(
     site = model.table.one(cfg.site)
     _check(dictionary)
     texts = texts or load_texts(
-        model, cfg.corpus, n_train=tier.n_train, n_test=tier.n_test, length=tier.length, skip=cfg.skip
+        model, cfg.corpus, n_train=tier.n_train, n_test=tier.n_test, length=tier.length, skip_tokens=cfg.skip_tokens
     )  # fmt: skip
     found = compare(model, dictionary, site, cfg, tier, texts, train)
     described = {"name": texts.name, "hash": texts.test.hash, "hash_train": texts.train.hash}

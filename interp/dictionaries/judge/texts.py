@@ -7,6 +7,7 @@ each after the same few examples, read at the word.
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,9 +49,10 @@ class Texts:
 
 
 def load_texts(
-    model: LoadedModel, corpus: str = "docs", *, n_train: int, n_test: int, length: int, skip: int = 0
+    model: LoadedModel, corpus: str = "docs", *, n_train: int, n_test: int, length: int, skip_tokens: int = 0
 ) -> Texts:
-    """The sequences after the first `skip`: leave out those that the judged dictionary was trained on."""
+    """The sequences after the first `skip_tokens`: leave out what the judged dictionary was trained on."""
+    skip = math.ceil(skip_tokens / length)
     return Texts(
         test=load_corpus(model, corpus, n_test, length, skip=skip),
         train=load_corpus(model, corpus, n_train, length, skip=skip + n_test),

@@ -15,7 +15,7 @@ from interp.dictionaries.judge.config import JudgeConfig, Tier, tier_of
 from interp.dictionaries.judge.rerandomised import rerandomised
 from interp.dictionaries.judge.retrain import recipe, shuffled, steps_in, trainer
 from interp.dictionaries.judge.suite import METRICS, judge
-from interp.dictionaries.judge.texts import Texts, concept_activations, concept_records, gathered
+from interp.dictionaries.judge.texts import Texts, concept_activations, concept_records, gathered, load_texts
 from interp.instrument.tokens import from_ids
 from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
@@ -193,3 +193,10 @@ def test_bad_input_is_named(model, texts, trained):
         judge(model, SparseDictionary(32, 16, TopK(2), d_out=8), CFG, texts=texts, tier=SMALL)
     with pytest.raises(InterpError, match="test text is the training text"):
         Texts(train=texts.train, test=texts.train, name="same")
+
+
+def test_skipped_tokens_are_in_no_sequence(model):
+    first = load_texts(model, "docs:assignment", n_train=2, n_test=2, length=10)
+    later = load_texts(model, "docs:assignment", n_train=2, n_test=2, length=10, skip_tokens=11)
+    assert torch.equal(first.train.ids[0], later.test.ids[0])  # sequences 0 and 1 hold the skipped tokens
+    assert torch.equal(first.train.ids[1], later.test.ids[1])
