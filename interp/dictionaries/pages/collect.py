@@ -118,6 +118,7 @@ class Pages:
             n_live=n_live,
             n_shown=len(self.latents),
             min_firings=cfg.min_firings,
+            n_intervals=cfg.n_intervals,
             seed=cfg.seed,
             chosen=self._chosen(n_live),
             layer=self.site.layer,
@@ -185,8 +186,7 @@ class Pages:
         neurons = aligned_neurons(
             self.model, self.write_site, self._rows(latents), self._rows(others), cfg.n_neighbours
         )
-        together = tally.correlations(latents), tally.correlations(np.where(nulls >= 0, nulls, latents))
-        near = neighbours_of(latents, nulls, self.features, together, neurons, cfg.n_neighbours)
+        near = neighbours_of(latents, nulls, self.features, tally, neurons, cfg.n_neighbours)
         tops = headers(self.dictionary, self.features, latents, self.totals)
         pages = numbers(chunk, tops, near, examples, effects, self._strings(chunk), self.codes.rows)
         if not self.vectors:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from interp.core.sites import Part, Site
 from interp.dictionaries.pages.lens import STREAM
+from interp.dictionaries.pages.tally import Tally
 from interp.dictionaries.pages.values import Neighbour, Neighbours
 from interp.models.model import LoadedModel
 
@@ -108,15 +109,16 @@ def neighbours_of(
     latents: Int[np.ndarray, " n"],
     nulls: Int[np.ndarray, " n"],
     features: Float[Tensor, "d_dict d_out"],
-    correlations: tuple[Float[np.ndarray, "n d_dict"], Float[np.ndarray, "n d_dict"]],
+    tally: Tally,
     neurons: list[tuple[Neighbour, ...]],
     n: int,
 ) -> list[Neighbours]:
-    """One value per latent; correlations are those of the latents and of their stand-ins (-1: none)."""
+    """One value per latent; `nulls` are their stand-ins, -1 for none."""
     own, others = torch.from_numpy(latents), features.cpu().float()
     rows = others[own]
     similar = nearest(rows, others, n, leave_out=own)
-    r = torch.from_numpy(correlations[0]).clone()
+    r = torch.from_numpy(tally.correlations(latents))
+    r_null, cosines = tally.correlations(np.where(nulls >= 0, nulls, latents)), tally.cosines(latents)
     r[torch.arange(len(own)), own] = -math.inf
     together = r.topk(min(n, r.shape[1]), dim=1)
     coordinates, sizes = rows.topk(min(3, rows.shape[1]), dim=1), rows.abs().sum(1)
@@ -124,12 +126,14 @@ def neighbours_of(
     for i, null in enumerate(nulls.tolist()):
         beside = F.cosine_similarity(others[null], others[similar.indices[i]], dim=-1).tolist()
         near = _latents(similar.indices[i].tolist(), similar.values[i].tolist(), beside, null)
-        beside = correlations[1][i, together.indices[i].numpy()].tolist()
+        beside = r_null[i, together.indices[i].numpy()].tolist()
         firing = _latents(together.indices[i].tolist(), together.values[i].tolist(), beside, null)
         found.append(
             Neighbours(
                 similar=near,
-                correlated=tuple(item for item in firing if item.value > 0),
+                correlated=tuple(
+                    replace(item, together=float(cosines[i, int(item.name)])) for item in firing if item.value > 0
+                ),
                 neurons=neurons[i] if null >= 0 else tuple(replace(item, null=None) for item in neurons[i]),
                 coordinates=tuple(
                     (int(j), float(v), abs(float(v)) / float(sizes[i]) if sizes[i] else 0.0)

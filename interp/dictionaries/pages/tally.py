@@ -126,6 +126,13 @@ class Tally:
         below = np.sqrt(spread[latents, None] * spread)
         return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
+    def cosines(self, latents: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n d_dict"]:
+        """Cosine of the activations of watched latents with those of all; 0 where one never fires."""
+        square = self.totals.square
+        below = np.sqrt(square[latents, None] * square)
+        products = self.products[np.searchsorted(self.watched, latents)]
+        return np.divide(products, below, out=np.zeros_like(products), where=below > 0)
+
     def commonest(self) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """Per latent the id it fires most on, its share of the firings, and that of the stand-in's firings (nan)."""
         counts = self.ids[np.searchsorted(self.watched, self.latents)]

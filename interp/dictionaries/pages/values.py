@@ -73,6 +73,8 @@ class Neighbour:
     """The same number with the stand-in in this latent's place."""
     latent: int | None = None
     """The latent, where it is one."""
+    together: float | None = None
+    """Cosine of the two latents' activations over the counted tokens, where that was looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,8 @@ class Overview:
     n_live: int
     n_shown: int
     min_firings: int
+    n_intervals: int
+    """Equal intervals of (0, max] that examples are grouped by."""
     seed: int
     chosen: str
     """How the latents shown were picked: `random`, `all`, or `named`."""

@@ -1,0 +1,150 @@
+"""`interp sae pages PATH`: what does each latent of a saved dictionary fire on, promote, and matter for?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from interp.cli import console, options
+from interp.core.errors import InterpError
+
+if TYPE_CHECKING:
+    from interp.dictionaries.formats.neuronpedia import NeuronpediaExport
+    from interp.dictionaries.pages import FeaturePage
+
+DictionaryPath = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A saved dictionary: interp, SAELens, sparsify, circuit-tracer or plain.")
+]
+ModelOfDictionary = Annotated[
+    str | None, typer.Option("--model", "-m", help="The model it was trained on. [default: what the file says]")
+]
+SiteOfDictionary = Annotated[str | None, typer.Option("--site", help="Where it reads. [default: what the file says]")]
+TargetSite = Annotated[
+    str | None, typer.Option("--target-site", help="What it predicts, for a transcoder. [default: what the file says]")
+]
+PagesFolder = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of pages. [default: PATH with -pages behind it]")
+]
+Latents = Annotated[str, typer.Option("--latents", help="So many random live ones, all, or numbers: 12,77,1003.")]
+Corpus = Annotated[str, typer.Option("--corpus", help="Text to look at; `interp capture --help` lists corpora.")]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of it.")]
+Length = Annotated[int, typer.Option("--length", min=2, help="Tokens per sequence.")]
+Skip = Annotated[int, typer.Option("--skip", min=0, help="Sequences to leave out first: those it was trained on.")]
+Ablated = Annotated[int, typer.Option("--ablated", min=0, help="Top examples at which a latent is zeroed; 0 for none.")]
+Rare = Annotated[int, typer.Option("--min-firings", min=1, help="Latents that fire at fewer tokens are left out.")]
+Drop = Annotated[
+    float, typer.Option("--drop-norm", min=0, help="Leave out tokens above so many median norms; 0: none.")
+]
+Rows = Annotated[int, typer.Option("--rows-per-forward", min=1, help="Sequences per forward pass.")]
+Seed = Annotated[int, typer.Option("--seed", help="Which latents, which examples, whose null.")]
+Format = Annotated[str | None, typer.Option("--format", help="Layout of the files, where it cannot be told.")]
+Neuronpedia = Annotated[
+    Path | None, typer.Option("--neuronpedia", metavar="FOLDER", help="Also write Neuronpedia's batch files there.")
+]
+
+
+def pages(
+    path: DictionaryPath,
+    model: ModelOfDictionary = None,
+    site: SiteOfDictionary = None,
+    target_site: TargetSite = None,
+    out: PagesFolder = None,
+    latents: Latents = "100",
+    corpus: Corpus = "docs",
+    tokens: Tokens = 65_536,
+    length: Length = 128,
+    skip: Skip = 0,
+    ablated: Ablated = 5,
+    min_firings: Rare = 10,
+    drop_norm: Drop = 10.0,
+    rows_per_forward: Rows = 8,
+    seed: Seed = 0,
+    neuronpedia: Neuronpedia = None,
+    format_: Format = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
+) -> None:
+    """Write a folder of feature pages that opens in any browser, offline."""
+    from interp.dictionaries.formats.neuronpedia import NeuronpediaExport
+    from interp.dictionaries.formats.neuronpedia import check_target as check_batches
+    from interp.dictionaries.formats.table import load_dictionary
+    from interp.dictionaries.pages import Pages, PagesConfig
+    from interp.instrument.stream import RecordBatches
+    from interp.report.feature_pages import write_pages
+    from interp.report.feature_pages.writer import check_target
+    from interp.tasks.corpora import load_corpus
+
+    folder = out or path.with_name(f"{path.name}-pages")
+    check_target(folder)
+    if neuronpedia is not None:
+        check_batches(neuronpedia)
+    cfg = PagesConfig(
+        latents=wanted(latents), n_ablated=ablated, min_firings=min_firings, drop_norm=drop_norm, seed=seed
+    )
+    saved = load_dictionary(path, format_)
+    whose, where, target = origin(saved.about, model, site, target_site)
+    with console.progress() as progress:
+        with progress.step(f"opening {whose}"):
+            opened = options.open_model(whose, device, dtype)
+        record = load_corpus(opened, corpus, -(-tokens // length), length, skip)
+        with Pages(
+            opened,
+            saved.dictionary.to(opened.device),
+            RecordBatches(record, rows_per_forward),
+            where,
+            cfg,
+            write_site=target,
+            corpus=corpus,
+            name=path.name,
+            vectors=neuronpedia is not None,
+        ) as made:
+            overview = made.overview
+            if neuronpedia is None:
+                index = write_pages(folder, overview, made)
+            else:
+                with NeuronpediaExport(neuronpedia, overview, model_id=whose) as export:
+                    index = write_pages(folder, overview, _passed_on(made, export))
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if as_json:
+        facts = {name: getattr(overview, name) for name in ("n_shown", "n_live", "n_rare", "n_dead", "n_counted")}
+        batches = neuronpedia.as_posix() if neuronpedia else None
+        console.emit_json({"pages": index.as_posix(), "bytes": size, "neuronpedia": batches, **facts})
+        return
+    console.line(
+        f"{overview.n_shown} of {overview.d_dict} latents shown ({overview.chosen}); left out: {overview.n_dead} dead, "
+        f"{overview.n_rare} too rare"
+    )
+    for note in filter(None, (overview.lens_warning, *overview.notes)):
+        console.line(f"note: {note}")
+    console.line(f"pages  {index.as_posix()} ({size / 1e6:.1f} MB)", "bold")
+
+
+def wanted(text: str) -> Any:
+    """`100`, `all`, or numbers with commas between them (one alone: `12,`)."""
+    try:
+        if "," in text:
+            return tuple(int(part) for part in text.split(",") if part.strip())
+        return "all" if text == "all" else int(text)
+    except ValueError as error:
+        raise InterpError(f"--latents {text!r}; give a number, all, or numbers with commas: 12,77,1003") from error
+
+
+def origin(about: Any, model: str | None, site: str | None, target: str | None) -> tuple[str, str, str | None]:
+    """Model, site and target site: as given, or as the file says."""
+    whose, where = model or about.get("model"), site or about.get("site")
+    if not isinstance(whose, str):
+        raise InterpError(f"the file does not say which model it is for; pass --model, e.g. {options.DEFAULT_MODEL}")
+    if not isinstance(where, str):
+        raise InterpError("the file does not say at which site the dictionary reads; pass --site, e.g. resid_post.10")
+    return whose, where, target or (about.get("target_site") if site is None else None)
+
+
+def _passed_on(made: Iterator[FeaturePage] | Any, export: NeuronpediaExport) -> Iterator[FeaturePage]:
+    """The pages, each also handed to the export."""
+    for page in made:
+        export.add(page)
+        yield page
