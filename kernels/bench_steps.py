@@ -19,8 +19,10 @@ from interp.kernels.workspace import Workspace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Forward = Callable[[Tensor], Tensor]
-"""Input to reconstruction."""
+
+def peer(*path: str) -> Any:
+    """A module of another library, which only a benchmark may ask for."""
+    return importlib.import_module(".".join(path))
 
 
 class Plain(nn.Module):
@@ -64,8 +66,8 @@ class Sparsify(Plain):
     """EleutherAI's fused encoder and sparse decoder."""
 
     def forward(self, x: Tensor) -> Tensor:
-        encode = importlib.import_module("sparsify.fused_encoder").fused_encoder
-        utils = importlib.import_module("sparsify.utils")
+        encode = peer("sparsify", "fused_encoder").fused_encoder
+        utils = peer("sparsify", "utils")
         decode = utils.decoder_impl if x.is_cuda else utils.eager_decode
         out = encode(x - self.b_dec, self.encoder, self.b_enc, self.k, "topk")
         return decode(out.top_indices, out.top_acts.to(self.decoder.dtype), self.decoder.mT) + self.b_dec
@@ -75,7 +77,7 @@ class OpenAI(Plain):
     """The Triton decoder of openai/sparse_autoencoder after a dense encoder, as in its train.py."""
 
     def forward(self, x: Tensor) -> Tensor:
-        decoder = importlib.import_module("sparse_autoencoder.kernels").TritonDecoderAutograd
+        decoder = peer("sparse_autoencoder", "kernels").TritonDecoderAutograd
         top = F.linear(x - self.b_dec, self.encoder, self.b_enc).topk(self.k, sorted=False)
         weights = top.values.relu().to(self.decoder.dtype)
         return decoder.apply(top.indices, weights, self.decoder.t()) + self.b_dec
@@ -83,7 +85,7 @@ class OpenAI(Plain):
 
 def sae_lens(shape: Shape, device: str) -> nn.Module:
     """SAELens's top-k module; its default rescales by the decoder's norms."""
-    library = importlib.import_module("sae_lens")
+    library = peer("sae_lens")
     config = library.TopKTrainingSAEConfig(d_in=shape.d, d_sae=shape.m, k=shape.k, device=device)
     return library.TopKTrainingSAE(config)
 

@@ -38,7 +38,7 @@ WORTH, FEWEST_ROWS = 2**28, 96
 @functools.cache
 def fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 natively, in torch's own words."""
-    found = torch.cpu.get_capabilities()
+    found = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 

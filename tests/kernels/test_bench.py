@@ -38,6 +38,7 @@ def copied(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_runs_from_a_folder_of_its_own(tmp_path):
     out = tmp_path / "found.json"
     done = run(copied(tmp_path), "--shapes", "tiny", "--rounds", "1", "--only", "check", "kernels", "--json", str(out))

@@ -50,6 +50,9 @@ def gradients(function, tensors):
 def test_value_and_all_four_gradients_equal_dense_autograd(k):
     tensors = weights()
     tensors[2][20:] -= 6.0  # most latents rarely positive, so that top-k selects negative pre-activations
+    tensors[1][0] = 1.0
+    tensors[0][11, 0] = -1000.0  # a row without a positive pre-activation
+    assert (tensors[0] @ tensors[1] + tensors[2])[11].max() < 0
     out, found = gradients(lambda *t: sparse(*t, k=k)[2], tensors)
     reference, expected = gradients(lambda *t: dense(*t, k=k), tensors)
     torch.testing.assert_close(out, reference, rtol=1e-12, atol=1e-12)
@@ -57,6 +60,7 @@ def test_value_and_all_four_gradients_equal_dense_autograd(k):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-10)
     assert found[1][:, 7].abs().max() == 0 and found[2][7] == 0  # never above zero
     assert found[3][3].abs().max() > 0
+    assert found[0][11].abs().max() == 0
 
 
 def test_slots_that_the_relu_emptied_send_no_gradient():
