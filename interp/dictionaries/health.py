@@ -1,0 +1,225 @@
+"""Is this dictionary what its files say, for this model, at this site, used as it was trained?
+
+`certify` measures a dictionary when it is trained; the numbers are saved with it. `check` measures it again on a small
+sample of text, and where the numbers do not fit looks for the mistake that explains them:
+
+wrong-model            other weights than those it was trained on, or a model without the site or its width
+wrong-layer            the layer above or below is reconstructed better
+wrong-site             another point of the model is
+missing-normalisation, normalised-twice, relu-for-topk, transposed, unfolded-norms    `health_variants`
+changed                a number differs from the certificate's
+does-not-fit           it reconstructs no better than the mean, or far worse than certified, and nothing explains it
+weak                   PCA with as many components as active latents does better
+no-certificate         nothing to compare with; judged by plausibility and by what else would fit
+Severity `refuse` means: do not use it as it is. Every number is measured on tokens that count (`health_sample`).
+Beware: neighbouring layers of a residual stream are much alike. A dictionary that fits its own layer hardly better than
+the next is only warned about.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interp.core.errors import ArtefactError, SiteError
+from interp.dictionaries.dictionary import SparseDictionary
+from interp.dictionaries.formats.orientation import fvu
+from interp.dictionaries.formats.plain import Hints
+from interp.dictionaries.formats.table import load_dictionary
+from interp.dictionaries.health_certificate import certify, identity, wide
+from interp.dictionaries.health_findings import (
+    Finding,
+    Severity,
+    by_certificate,
+    by_gains,
+    by_identity,
+    by_pca,
+    does_not_fit,
+    limit,
+    no_certificate,
+)
+from interp.dictionaries.health_sample import (
+    HealthText,
+    Place,
+    Sampled,
+    along_the_depth,
+    next_to,
+    place_of,
+    read_text,
+    same_point,
+    sample,
+    text_of,
+)
+from interp.dictionaries.health_variants import regained, variants
+from interp.dictionaries.saved import SavedDictionary
+from interp.instrument.tokens import TokenRecord
+from interp.models.model import LoadedModel
+
+EXPLAINS = 0.9
+"""Another reading explains a bad fit if it has less than this share of its FVU ..."""
+HINTS = 0.97
+"""... and is worth a warning below this one."""
+PLAUSIBLE = 0.7
+"""Gains fitted to the data help any dictionary; only with an FVU below this one, and half of what it was, do they say
+that norms were lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What a check found."""
+
+    findings: tuple[Finding, ...]
+    measured: Mapping[str, Any]
+    """The same numbers as in a certificate, measured now."""
+
+    @property
+    def healthy(self) -> bool:
+        """Nothing speaks against using it."""
+        return not any(finding.severity == "refuse" for finding in self.findings)
+
+
+@torch.no_grad()
+def check(
+    saved: SavedDictionary,
+    model: LoadedModel,
+    record: TokenRecord | None = None,
+    *,
+    site: str | None = None,
+    target: str | None = None,
+    text: HealthText | None = None,
+) -> Health:
+    """Measure a dictionary on a model. By default on the certificate's text, at the site that the files name.
+
+    Raises InterpError where no site is known.
+    """
+    dictionary = wide(saved.dictionary)
+    certificate = saved.certificate or {}
+    asked, known_hash = text_of(saved.certificate)
+    wanted = (site or _site(saved), target or (None if site else _site(saved, "target_site")))
+    try:
+        place = place_of(model, *wanted)
+    except SiteError as error:
+        return _refused("wrong-model", f"{model.source} has no {wanted[0]}: {error}")
+    record = read_text(model, text or asked) if record is None else record
+    drop_norm = (text or asked).drop_norm
+    data = sample(model, record, [place], drop_norm)[place]
+    widths = (data.x.shape[1], data.y.shape[1])
+    if widths != (dictionary.d_in, dictionary.d_out):
+        sizes = f"{place} of {model.source} is {widths[0]} to {widths[1]} wide"
+        return _refused("wrong-model", f"{sizes}, the dictionary {dictionary.d_in} to {dictionary.d_out}")
+    measured = certify(dictionary, data.x.to(dictionary.W_dec), data.y, about=identity(model, place))
+    highest = limit(certificate, same_text=known_hash == record.hash)
+    fits = measured["fvu"] <= highest
+    findings = [*by_certificate(certificate, measured), *([] if certificate else [no_certificate()])]
+    gains = by_gains(certificate, measured)
+    refused = any(finding.severity == "refuse" for finding in findings)
+    if not refused and (gains or not fits or not certificate):
+        findings += _explained(dictionary, model, record, place, data, measured, saved, drop_norm)
+    refused = any(finding.severity == "refuse" for finding in findings)
+    if all(finding.code not in ("transposed", "unfolded-norms") for finding in findings):
+        findings += gains
+    if not fits and not gains and not refused:
+        findings.append(does_not_fit(measured, certificate, highest))
+    findings += by_identity(saved, model, place, measured, fits=fits and not gains and not refused)
+    if dictionary.d_in == dictionary.d_out and place.site == place.target:
+        findings += by_pca(data.x, measured)
+    return Health(findings=tuple(findings), measured=measured)
+
+
+def load_healthy(
+    path: Path | str,
+    model: LoadedModel,
+    *,
+    hints: Hints | None = None,
+    site: str | None = None,
+    target: str | None = None,
+    text: HealthText | None = None,
+) -> SavedDictionary:
+    """Load a dictionary for use on a model. Raises ArtefactError for one that `check` refuses; warns as it warns."""
+    saved = load_dictionary(path, hints=hints)
+    found = check(saved, model, site=site, target=target, text=text)
+    refused = [finding.message for finding in found.findings if finding.severity == "refuse"]
+    if refused:
+        raise ArtefactError(f"{path} is not to be used on {model.source} as it is: {'; '.join(refused)}")
+    for finding in found.findings:
+        if finding.severity == "warn":
+            warnings.warn(f"{path}: {finding.message}", stacklevel=2)
+    return saved
+
+
+def _explained(
+    dictionary: SparseDictionary,
+    model: LoadedModel,
+    record: TokenRecord,
+    place: Place,
+    data: Sampled,
+    measured: Mapping[str, Any],
+    saved: SavedDictionary,
+    drop_norm: float,
+) -> list[Finding]:
+    """The mistake that explains the measured fit best, if one does."""
+    now = float(measured["fvu"])
+    x, y = data.x.to(dictionary.W_dec), data.y.to(dictionary.W_dec)
+    found = [
+        (fvu(variant.dictionary, x, y), variant.code, variant.text)
+        for variant in variants(dictionary, x, y, float(measured["l0"]), saved.certificate)
+    ]
+    found += _elsewhere(dictionary, model, record, place, next_to(model, place), saved, drop_norm)
+    if not found or min(found)[0] > EXPLAINS * now:
+        half = len(x) // 2
+        other = regained(dictionary, x[:half], y[:half])
+        if other is not None:  # judged on tokens that it was not fitted to
+            better = fvu(other.dictionary, x[half:], y[half:]) / max(fvu(dictionary, x[half:], y[half:]), 1e-12)
+            found += [(better * now, other.code, other.text)] if better < 0.5 and better * now < PLAUSIBLE else []
+    if (not found or min(found)[0] > EXPLAINS * now) and now > limit(saved.certificate or {}, same_text=False):
+        far = along_the_depth(model, place)
+        found += _elsewhere(dictionary, model, record, place, far, saved, drop_norm)
+    if not found or min(found)[0] > min(HINTS * now, 1.0):
+        return []
+    best, code, text = min(found)
+    severity: Severity = "refuse" if best <= EXPLAINS * now else "warn"
+    return [Finding(code=code, severity=severity, message=f"{text}; FVU {best:.3f} instead of {now:.3f} at {place}")]
+
+
+def _elsewhere(
+    dictionary: SparseDictionary,
+    model: LoadedModel,
+    record: TokenRecord,
+    place: Place,
+    others: Sequence[Place],
+    saved: SavedDictionary,
+    drop_norm: float,
+) -> list[tuple[float, str, str]]:
+    """FVU at other places of the same widths, with the finding that each would be."""
+    named = saved.certificate or {}
+    if named.get("site"):
+        with suppress(SiteError):
+            others = [*others, place_of(model, named["site"], named.get("target_site"))]
+    own = same_point(place)
+    others = [other for other in dict.fromkeys(same_point(other) for other in others) if other != own]
+    found: list[tuple[float, str, str]] = []
+    for other, data in sample(model, record, others, drop_norm).items() if others else ():
+        if (data.x.shape[1], data.y.shape[1]) != (dictionary.d_in, dictionary.d_out):
+            continue
+        x, y = data.x.to(dictionary.W_dec), data.y.to(dictionary.W_dec)
+        step = (other.site.layer or 0) - (own.site.layer or 0)
+        parts = (other.site.part, other.target.part) == (own.site.part, own.target.part)
+        code = "wrong-layer" if parts and abs(step) == 1 else "wrong-site"
+        text = f"it fits {other} better" + (", one layer off" if code == "wrong-layer" else "")
+        found.append((fvu(dictionary, x, y), code, text))
+    return found
+
+
+def _refused(code: str, message: str) -> Health:
+    return Health(findings=(Finding(code=code, severity="refuse", message=message),), measured={})
+
+
+def _site(saved: SavedDictionary, name: str = "site") -> str | None:
+    value = saved.about.get(name)
+    return str(value) if value else None
