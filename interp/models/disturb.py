@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from interp.core.seed import torch_generator
 from interp.core.sites import Part, Site
-from interp.models.checks import Check, check, distance, first_tensor, tensors, tolerance
+from interp.models.checks import Check, check, close, distance, first_tensor, tensors, tolerance
 from interp.models.family import ModuleCall
 from interp.models.model import LoadedModel
 from interp.models.replays import untouched as no_tap
@@ -71,6 +71,35 @@ def edits(model: LoadedModel, inputs: Any, untouched: Tensor, sites: list[Site])
         changed = _disturbed(model, rows, [(site, row) for row, site in enumerate(members)])
         for row, site in enumerate(members):
             yield _moved(site, changed, untouched[:1], slice(row, row + 1))
+
+
+def mixtures(model: LoadedModel, inputs: Any) -> Iterator[Check]:
+    """A gate between two branches: at 1/4, the block returns 1/4 of what it returns at 1 and 3/4 of that at 0."""
+    for path, block in model.table.blocks.items():
+        part = block.mixes
+        if part is None or part not in block.parts:
+            continue
+        site = Site(part, path=path)
+        closed, quarter, opened = (_with_gate(model, inputs, site, share) for share in (0.0, 0.25, 1.0))
+        if None in (closed, quarter, opened):
+            continue  # it did not run: said elsewhere
+        assert closed is not None and quarter is not None and opened is not None
+        limit = tolerance(model.dtype)
+        yield close(f"the output is affine in {part}", str(site), 0.25 * opened + 0.75 * closed, quarter, limit)
+
+
+def _with_gate(model: LoadedModel, inputs: Any, site: Site, share: float) -> Tensor | None:
+    """What the block returns the first time, with its gate set to one number everywhere."""
+    kept: list[Tensor] = []
+    module = model.table.part_module(site)
+    undo = model.hub.add_writer(site, lambda value: torch.full_like(value, share))
+    handle = module.register_forward_hook(lambda _m, _a, output: kept.append(first_tensor(output).detach().clone()))
+    try:
+        model(inputs)
+    finally:
+        handle.remove()
+        undo()
+    return kept[0] if kept else None
 
 
 def _moved(site: Site, changed: Tensor, untouched: Tensor, rows: slice) -> Check:

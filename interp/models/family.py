@@ -78,6 +78,10 @@ class Reach:
     """Side `op`: which of its calls while the module runs, from 0."""
     stride: int = 0
     """Side `op` of a block with layers: each layer's call comes this many calls after the one before."""
+    of: str | None = None
+    """Side `op`: only its calls on the output of this child (or on this parameter) of the module count."""
+    only: bool = False
+    """Side `op`: a second such call is refused, since nobody can tell which is meant."""
     replay: Replay | None = None
     item: int | str | None = None
     """Which argument (by number or keyword), or which entry of a tuple output; by default the first tensor. The name
@@ -112,7 +116,8 @@ class Reach:
     def described(self) -> str:
         """As people read it: `model.layers.3.mlp@input`, `...self_attn sigmoid()`."""
         if self.side == "op":
-            return f"{self.path} {self.op}()" + (f" no. {self.nth + 1}" if self.nth else "")
+            of = f" of {self.of}" if self.of else ""
+            return f"{self.path} {self.op}(){of}" + (f" no. {self.nth + 1}" if self.nth else "")
         said = {"input": "@input", "replay": " (replayed)", "attention": " (recomputed)"}.get(self.side, "")
         entry = "" if self.item is None else f"[{self.item}]"
         return f"{self.path}{said}{entry}"
@@ -136,13 +141,17 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """An identity the probe checks: `function(module, *inputs) == result`; module is the block (or the layer)."""
+    """An identity the probe checks: `function(module, *inputs, *modules) == result`; module is the block or layer."""
 
     text: str
     """As people read it, e.g. `sigmoid(attn_gate_pre) == attn_gate`."""
     result: Part
     inputs: tuple[Part, ...]
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    """Its left side; or both, where what must be equal is no site."""
+    modules: tuple[str, ...] = ()
+    """For a block: children whose output (or `path@input`: first argument) the function gets as well, read with plain
+    hooks; an empty path is the block. A child the block has not is `None`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +220,8 @@ class Block:
     branches: Callable[[nn.Module], tuple[str, ...]] | None = None
     """Further runs beside the main one, each with all parts and layers: their sites are `path@branch:part`."""
     rules: tuple[Rule, ...] = ()
+    mixes: Part | None = None
+    """A gate in which the block's output is affine, `gate * a + (1 - gate) * b`: the probe closes and opens it."""
     weights: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
     """Its weights, paths relative to the module; used where a family's own layer lacks them."""
 

@@ -25,7 +25,7 @@ from interp.models.attention import AttentionCall, Later, tap
 from interp.models.calls import Call, call_of
 from interp.models.carry import Carry
 from interp.models.family import ModuleCall, Reach
-from interp.models.inside import OpScope
+from interp.models.inside import OpCall, OpScope
 from interp.models.parameters import shadow
 from interp.models.replays import Watcher, into_graph, replayed
 from interp.models.table import FamilyTable
@@ -137,7 +137,9 @@ class HookHub:
 
     def stop_if_done(self) -> None:
         """End the forward if nobody waits for more."""
-        if self.stoppable and self.stoppers and not any(waits() for waits in self.pending):
+        if not (self.stoppable and self.stoppers) or any(scope.undecided for scope in self._scopes.values()):
+            return
+        if not any(waits() for waits in self.pending):
             raise StopForward
 
     def abort(self) -> None:
@@ -151,7 +153,7 @@ class HookHub:
     def _place(self, reach: Reach) -> _Place:
         self._one_thread()
         name = reach.item if reach.side == "parameter" else None
-        key = (self.table.canonical(reach.path), reach.side, reach.op, reach.nth, reach.replay, name)
+        key = (self.table.canonical(reach.path), reach.side, reach.op, reach.nth, reach.of, reach.replay, name)
         if key not in self._places:
             place = _Place(key)
             place.remove = self._install(place, reach)
@@ -200,11 +202,12 @@ class HookHub:
     def _watch(self, place: _Place, reach: Reach, module: nn.Module) -> Callable[[], None]:
         if reach.path not in self._scopes:
             self._scopes[reach.path] = OpScope(module)
-        scope, key = self._scopes[reach.path], (str(reach.op), reach.nth)
-        scope.watched[key] = partial(self._pass, place, module)
+        scope = self._scopes[reach.path]
+        call = OpCall(str(reach.op), reach.nth, reach.of, reach.only)
+        undo = scope.watch(call, partial(self._pass, place, module))
 
         def remove() -> None:
-            del scope.watched[key]
+            undo()
             if not scope.watched:
                 scope.remove()
                 del self._scopes[reach.path]
@@ -231,7 +234,11 @@ class HookHub:
         for carried in sorted(stream, reverse=True):
             value = self._run(place, module, value, carried=carried)
         self.stop_if_done()
-        return None if value is original else value
+        if value is original:
+            return None
+        for scope in self._scopes.values():
+            scope.follow(original, value)
+        return value
 
     def _run(self, place: _Place, module: nn.Module, value: Any, *, carried: bool) -> Any:
         n_rows = self.call.n_rows if self.call else None

@@ -6,12 +6,14 @@ The products use the table's weights, so these are proven too.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from interp.core.sites import Part, Site
-from interp.models.checks import Check, check, close, tolerance
+from interp.models.checks import Check, check, close, first_tensor, tolerance
 from interp.models.family import OWNER
 from interp.models.model import LoadedModel
 
@@ -71,9 +73,10 @@ def identities(model: LoadedModel, values: dict[Site, Tensor]) -> Iterator[Check
         yield close(f"final_norm @ W_U == {name}", str(name), _product(model, "W_U", None, final), logits, limit)
 
 
-def rules(model: LoadedModel, values: dict[Site, Tensor], limit: float) -> Iterator[Check]:
+def rules(model: LoadedModel, values: dict[Site, Tensor], inputs: Any, limit: float) -> Iterator[Check]:
     """Identities of the family and of known blocks, wherever all their parts are."""
     table = model.table
+    beside = _beside(model, inputs)
     groups: dict[tuple[str | None, int | None], dict[Part, Tensor]] = {}
     for site, value in values.items():
         if site.part is not Part.MODULE:
@@ -83,9 +86,38 @@ def rules(model: LoadedModel, values: dict[Site, Tensor], limit: float) -> Itera
         for rule in rules:
             if {rule.result, *rule.inputs} <= set(local):
                 site = Site(rule.result, layer, path=path)
+                seen = [beside.get((path or "").partition("@")[0], {}).get(name) for name in rule.modules]
                 with torch.no_grad():
-                    left = rule.function(table.part_module(site), *(local[part] for part in rule.inputs))
-                yield close(rule.text, str(site), left, local[rule.result], limit)
+                    left = rule.function(table.part_module(site), *(local[part] for part in rule.inputs), *seen)
+                sides = left if isinstance(left, tuple) else (left, local[rule.result])
+                yield close(rule.text, str(site), *sides, limit)
+
+
+def _beside(model: LoadedModel, inputs: Any) -> dict[str, dict[str, Tensor]]:
+    """What rules of blocks ask of modules, by block and name: from plain hooks in a forward without any of ours."""
+    found: dict[str, dict[str, Tensor]] = {}
+    handles: list[RemovableHandle] = []
+    for path, name in {(p, name) for p, block in model.table.blocks.items() for r in block.rules for name in r.modules}:
+        child: Any = model.table.part_module(Site(Part.MODULE, path=path))
+        inner, _, side = name.partition("@")
+        for step in filter(None, inner.split(".")):
+            child = getattr(child, step, None)
+        if isinstance(child, nn.Module):
+
+            def keep(_module: nn.Module, args: Any, output: Any, at: tuple[str, str, str] = (path, name, side)) -> None:
+                given = args if at[2] else output
+                found.setdefault(at[0], {}).setdefault(at[1], first_tensor(given).detach().clone())
+
+            handles.append(child.register_forward_hook(keep))
+    try:
+        if handles:
+            args, named = model.arguments(inputs)
+            with torch.no_grad():
+                model.module(*args, **named)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _linear(model: LoadedModel, layer: int, local: dict[Part, Tensor], limit: float) -> Iterator[Check]:

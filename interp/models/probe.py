@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from interp.core.errors import InterpError
 from interp.core.sites import Site
 from interp.models.checks import Check, check, first_tensor, tolerance
-from interp.models.disturb import edits, replays, write_back
+from interp.models.disturb import edits, mixtures, replays, write_back
 from interp.models.identities import identities, rules
 from interp.models.model import LoadedModel
 from interp.models.probe_inputs import probe_inputs, probe_pixels, probe_tokens
@@ -98,12 +98,13 @@ def _report(model: LoadedModel, inputs: Any, *, full: bool) -> ProbeReport:
         checks += [check("the site fires", str(site), 1.0, 0.0) for site in missing]
         checks += list(identities(model, values)) if not missing else []
     checks += list(_shapes(model, values, inputs))
-    checks += list(rules(model, values, tolerance(model.dtype)))
+    checks += list(rules(model, values, inputs, tolerance(model.dtype)))
     checks += list(replays(model, inputs)) if full else []
     if full:
         fired = [site for site in sites if site in values and not model.table.reach(site).instead]
         checks.append(write_back(model, inputs, untouched, fired))
         checks += list(edits(model, inputs, untouched, fired))
+        checks += list(mixtures(model, inputs))
     return ProbeReport(
         source=model.source,
         family=model.table.name,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from interp.core.errors import SiteError
 from interp.instrument.capture import capture
 from interp.instrument.edits import edited, scale, set_to, zero
+from interp.models.blocks import known_blocks
 from interp.models.blocks.residual import parameter_gate
 from interp.models.blocks.routed import function_gate
-from interp.models.family import register_block
+from interp.models.family import Block, register_block
 from interp.models.model import LoadedModel
 from interp.models.probe import verify
 from tests.models import conformance, networks
@@ -276,5 +278,87 @@ def test_a_gate_is_what_the_sigmoid_returns_not_what_goes_in() -> None:
         assert torch.equal(model(x), x)
 
 
-def test_a_class_with_another_sigmoid_is_left_alone() -> None:
-    assert LoadedModel(nn.Sequential(EarlyExit())).table.block_sites == ()
+class GatedSkip(nn.Module):
+    """A branch that is gated itself, by a function; and a gate with its own temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.inner, self.gate = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.branch(x) * torch.sigmoid(self.inner(x))
+        return x + torch.sigmoid(self.gate(x)) * inner
+
+
+def test_another_sigmoid_that_runs_first_is_not_the_gate() -> None:
+    for make, shape, part in (
+        (EarlyExit, (2, 6), "exit_gate"),
+        (GatedSkip, (2, 5, 6), "residual_gate"),
+    ):
+        model, x = LoadedModel(filled(nn.Sequential(make()))), noise(*shape)
+        with capture(model, [f"0:{part}", "0.gate"], stop=False) as acts:
+            model(x)
+        assert torch.equal(acts[f"0:{part}"], torch.sigmoid(acts["0.gate"]))
+        assert verify(model, x).passed
+        with edited(model, [set_to("0.gate", 0.25)]), capture(model, [f"0:{part}"]) as edited_acts:
+            model(x)
+        assert torch.equal(edited_acts[f"0:{part}"], torch.full_like(acts["0.gate"], 0.25).sigmoid())
+
+
+def test_reading_the_branchs_sigmoid_as_the_gate_fails_the_probe() -> None:
+    """The site as it would be without telling whose sigmoid it is."""
+
+    class Renamed(GatedSkip):
+        pass
+
+    register_block(
+        dataclasses.replace(
+            block := block_of_class("GatedSkip"),
+            name="wrong",
+            classes=("Renamed",),
+            parts={part: dataclasses.replace(reach, of=None, only=False) for part, reach in block.parts.items()},
+        )
+    )
+    failure = verify(LoadedModel(filled(nn.Sequential(Renamed()))), noise(2, 5, 6)).first_failure
+    assert failure is not None and failure.name == "sigmoid(gate's output) == residual_gate"
+
+
+def block_of_class(name: str) -> Block:
+    return known_blocks()[name][1]
+
+
+class TwiceGated(networks.GatedSkip):
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 - torch.sigmoid(self.gate(x))) * x + torch.sigmoid(self.gate(x)) * self.branch(x)
+
+
+class BusyUnit(networks.GatedMultimodalUnit):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize(("make", "part"), [(TwiceGated, "residual_gate"), (BusyUnit, "modality_gate")])
+def test_two_sigmoids_that_could_be_the_gate_are_refused(make: Callable[[], nn.Module], part: str) -> None:
+    model = LoadedModel(filled(nn.Sequential(make())))
+    with pytest.raises(SiteError, match="more than once"), capture(model, [f"0:{part}"]):
+        model(noise(2, 5, 6))
+    with pytest.raises(SiteError, match="more than once"):
+        verify(model, noise(2, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("AttentionBlock", "skip * skip_gate == output"),
+        ("ReZero", "the output is affine in residual_gate"),
+        ("GatedSkip", "the output is affine in residual_gate"),
+        ("GatedMultimodalUnit", "the output is affine in modality_gate"),
+    ],
+)
+def test_the_probe_fails_where_the_output_is_another_function_of_the_gate(name: str, said: str) -> None:
+    model, x = opened(name)
+    assert verify(model, x).passed
+    plain = model.module.block.forward
+    model.module.block.forward = lambda x: plain(x) ** 2
+    failure = verify(model, x).first_failure
+    assert failure is not None and failure.name == said

@@ -14,14 +14,22 @@ from interp.models.family import Block, Reach
 
 
 def parameter_gate(
-    *classes: str, parameter: str, part: Part = Part.RESIDUAL_GATE, axes: tuple[str, ...] = ("channel",)
+    *classes: str,
+    parameter: str,
+    part: Part = Part.RESIDUAL_GATE,
+    axes: tuple[str, ...] = ("channel",),
+    mixes: bool = False,
 ) -> Block:
-    """The block of classes that hold a gate as a parameter; `register_block` makes it known."""
+    """The block of classes that hold a gate as a parameter; `register_block` makes it known.
+
+    `mixes`: the output is affine in the gate, as it is where a factor is used once; the probe then proves it.
+    """
     return Block(
         name=f"{part}-{parameter}",
         classes=classes,
         has=(parameter,),
         parts={part: Reach(path="", side="parameter", item=parameter, axes=axes)},
+        mixes=part if mixes else None,
     )
 
 
@@ -32,11 +40,12 @@ LAYER_SCALES = (
 )  # fmt: skip
 
 BLOCKS: tuple[Block, ...] = (
+    # One factor for attention and MLP, one after the other: the output is not affine in it.
     parameter_gate("RZTXEncoderLayer", "RZTXDecoderLayer", parameter="resweight", axes=("...",)),
-    parameter_gate("ReZero", "ReZeroBlock", parameter="alpha", axes=("...",)),
-    parameter_gate("Rezero", "ReZero", parameter="g", axes=("...",)),
-    parameter_gate("LayerScale", "LayerScale2d", parameter="gamma"),
-    parameter_gate(*LAYER_SCALES, parameter="lambda1"),
-    parameter_gate("ConvNextLayer", parameter="layer_scale_parameter"),
-    parameter_gate("MimiLayerScale", parameter="scale"),
+    parameter_gate("ReZero", "ReZeroBlock", parameter="alpha", axes=("...",), mixes=True),
+    parameter_gate("Rezero", "ReZero", parameter="g", axes=("...",), mixes=True),
+    parameter_gate("LayerScale", "LayerScale2d", parameter="gamma", mixes=True),
+    parameter_gate(*LAYER_SCALES, parameter="lambda1", mixes=True),
+    parameter_gate("ConvNextLayer", parameter="layer_scale_parameter", mixes=True),
+    parameter_gate("MimiLayerScale", parameter="scale", mixes=True),
 )
