@@ -21,6 +21,9 @@ ModelOfDictionary = Annotated[
 SiteOfDictionary = Annotated[
     str | None, typer.Option("--site", help="Where it reads and writes. [default: what the file says]")
 ]
+Siblings = Annotated[
+    list[Path] | None, typer.Option("--sibling", metavar="PATH", help="The same from another seed; may be repeated.")
+]
 Format = Annotated[str | None, typer.Option("--format", help="Layout of the files, where it cannot be told.")]
 Tier = Annotated[str, typer.Option("--tier", help="minute, ten-minutes or full.")]
 Corpus = Annotated[str, typer.Option("--corpus", help="Text to score on; `interp capture --help` lists corpora.")]
@@ -43,6 +46,7 @@ def evaluate(
     skip_tokens: Skip = 0,
     steps: Steps = 0,
     seed: Seed = 0,
+    siblings: Siblings = None,
     format_: Format = None,
     out: options.Out = None,
     device: options.Device = "cpu",
@@ -59,13 +63,15 @@ def evaluate(
     tier_of(tier)
     folder = options.check_out(out or new_folder("sae_eval"))
     saved = load_dictionary(path, format_)
+    others = [load_dictionary(other, format_).dictionary for other in siblings or ()]
     where, whose = _site(saved.about, site), _model(saved.about, model)
     cfg = JudgeConfig(site=where, tier=tier, corpus=corpus, skip_tokens=skip_tokens, n_steps=steps, seed=seed)
     began = time.perf_counter()
     with console.progress() as progress:
         with progress.step(f"opening {whose}"):
             opened = options.open_model(whose, device, dtype)
-        result = judge(opened, saved.dictionary.to(opened.device), cfg, data={"dictionary": path.as_posix()})
+        placed = [one.to(opened.device) for one in (saved.dictionary, *others)]
+        result = judge(opened, placed[0], cfg, siblings=placed[1:], data={"dictionary": path.as_posix()})
         run = Run(results=(result,), facts={"seconds": round(time.perf_counter() - began, 3)})
         save_run(folder, run)
         if report:

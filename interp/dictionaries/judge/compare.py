@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from interp.core.errors import InterpError
+from interp.core.seed import derive
 from interp.core.sites import Site
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary, shuffled_dims
@@ -88,23 +90,22 @@ class _Work:
 
 def compare(
     model: LoadedModel,
-    dictionary: Dictionary,
+    dictionaries: Sequence[Dictionary],
     site: Site,
     cfg: JudgeConfig,
     tier: Tier,
     texts: Texts,
     train: Trainer | None,
 ) -> Comparison:
-    """Capture, train comparisons, score."""
+    """Capture, train comparisons, score. The judged dictionary comes first, then its other seeds."""
     work = _Work(model, site, cfg, tier)
     with work.stage("capturing"):
         data = gathered(model, texts, site, drop_norm=cfg.drop_norm)
-    if data[1].x.shape[-1] != dictionary.d_in:
-        raise InterpError(
-            f"{site} has width {data[1].x.shape[-1]}, the dictionary reads {dictionary.d_in}; wrong site?"
-        )
+    for one in dictionaries:
+        if data[1].x.shape[-1] != one.d_in:
+            raise InterpError(f"{site} has width {data[1].x.shape[-1]}, the dictionary reads {one.d_in}; wrong site?")
     with work.stage("scoring the judged dictionary"):
-        work.put(JUDGED, [dictionary])
+        work.put(JUDGED, list(dictionaries))
         judged = work.score(JUDGED, model, data)[0]
     l0 = judged.reconstruction.ratios["l0"].value or 1.0
     n_steps = _fill(work, data, l0, train)
@@ -136,7 +137,10 @@ def _fill(work: _Work, data: tuple[HeldOut, HeldOut], l0: float, train: Trainer 
     with work.stage("PCA and random dictionaries"):
         work.put(PCA, [fit_pca(sample, min(k, x.shape[1]))])
         k_random = min(k, judged.d_dict)
-        work.put(RANDOM, [random_dictionary(sample, judged.d_dict, k_random, seed=seed) for seed in seeds])
+        work.put(
+            RANDOM,
+            [random_dictionary(sample, judged.d_dict, k_random, seed=derive(seed, "untrained")) for seed in seeds],
+        )
     how = recipe(judged, l0)
     n_steps = cfg.n_steps or (0 if train else steps_in(x, how, seconds=work.tier.seconds, at_most=work.tier.n_steps))
     make = train or trainer(replace(how, n_steps=n_steps))
@@ -184,26 +188,24 @@ def _splice(work: _Work, data: tuple[HeldOut, HeldOut]) -> None:
 
 
 def _agree(work: _Work) -> pd.DataFrame:
-    """Match features of every two seeds, and of the judged dictionary with each retrained one."""
-    rows: list[dict[str, Any]] = []
-    pairs = [(JUDGED, JUDGED, other) for other in range(len(work.dictionaries[RETRAINED]))]
-    for name in TRAINED:
-        n = len(work.dictionaries[name])
-        pairs += [(name, a, b) for a in range(n) for b in range(a + 1, n)]
+    """Match features of every two seeds; a single judged dictionary, and untrained ones, with the retrained ones."""
+    made, rows = work.dictionaries, list[dict[str, Any]]()
+    pairs: list[tuple[str, Dictionary, Dictionary]] = []
+    for name in (JUDGED, *TRAINED):
+        pairs += [(name, a, b) for a, b in combinations(made[name], 2)]
+    alone = (JUDGED, RANDOM) if len(made[JUDGED]) == 1 else (RANDOM,)
+    pairs += [(name, a, b) for name in alone for a in made[name] for b in made[RETRAINED]]
     for name, a, b in pairs:
-        first = work.dictionaries[JUDGED][0] if name == JUDGED else work.dictionaries[name][int(a)]
-        second = work.dictionaries[RETRAINED if name == JUDGED else name][b]
-        found = agreement(first.features, second.features, seed=work.cfg.seed)
+        found = agreement(a.features, b.features, seed=work.cfg.seed)
         row = {"dictionary": name, "stability": found.stability, "shared": found.shared}
         rows.append(row | {"stability_chance": found.stability_chance, "upper_bound": found.upper_bound})
-    table = pd.DataFrame(rows, columns=["dictionary", "stability", "stability_chance", "shared", "upper_bound"])
-    for name in (JUDGED, *TRAINED):
+    for name in (JUDGED, RANDOM, *TRAINED):
         mine = [row for row in rows if row["dictionary"] == name]
         for metric in ("stability", "shared"):
             value = sum(row[metric] for row in mine) / len(mine) if mine else None
             for metrics in work.metrics[name]:
                 metrics[metric] = value
-    return table
+    return pd.DataFrame(rows, columns=["dictionary", "stability", "stability_chance", "shared", "upper_bound"])
 
 
 def _concepts(work: _Work, other: LoadedModel) -> list[Entry]:

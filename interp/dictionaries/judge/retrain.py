@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.errors import InterpError
-from interp.core.seed import torch_generator
+from interp.core.seed import derive, torch_generator
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.start import initial
@@ -58,7 +58,8 @@ def trainer(cfg: TrainConfig) -> Trainer:
     """The default: `interp.dictionaries.train` with a seed."""
 
     def train(x: Float[Tensor, "n d"], seed: int) -> Dictionary:
-        seeded = replace(cfg, seed=seed, dead_after_tokens=max(len(x), 1))
+        # A seed of its own: the judged dictionary may have started from the directions that `seed` stands for.
+        seeded = replace(cfg, seed=derive(seed, "judge"), dead_after_tokens=max(len(x), 1))
         return train_sae(shuffled(x, cfg.batch_size, seed=seed), x, seeded).sae
 
     return train

@@ -18,7 +18,7 @@ dictionary that beats `shuffled` by training longer has not shown anything, one 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -48,20 +48,26 @@ def judge(
     dictionary: Dictionary,
     cfg: JudgeConfig | None = None,
     *,
+    siblings: Sequence[Dictionary] = (),
     texts: Texts | None = None,
     train: Trainer | None = None,
     tier: Tier | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Score a dictionary. `texts`, `train`, `tier` replace what the config says; `data` goes into the manifest."""
+    """Score a dictionary. `texts`, `train`, `tier` replace what the config says; `data` goes into the manifest.
+
+    siblings: the same dictionary from other seeds. Its numbers are then means over them all, with their range, and
+    its stability is their agreement.
+    """
     cfg, began = cfg or JudgeConfig(), time.perf_counter()
     tier = tier or tier_of(cfg.tier)
     site = model.table.one(cfg.site)
-    _check(dictionary)
+    for one in (dictionary, *siblings):
+        _check(one)
     texts = texts or load_texts(
         model, cfg.corpus, n_train=tier.n_train, n_test=tier.n_test, length=tier.length, skip_tokens=cfg.skip_tokens
     )  # fmt: skip
-    found = compare(model, dictionary, site, cfg, tier, texts, train)
+    found = compare(model, (dictionary, *siblings), site, cfg, tier, texts, train)
     described = {"name": texts.name, "hash": texts.test.hash, "hash_train": texts.train.hash}
     described |= {"n_tokens": texts.test.n_tokens, "n_tokens_train": texts.train.n_tokens, **(data or {})}
     table = score_table(found.entries, cfg.seed)
@@ -87,7 +93,9 @@ def judge(
             seconds=time.perf_counter() - began,
         ),
         tensors={"density": LabelledTensor(values=found.judged.reconstruction.density, axes=("latent",))},
-        notes=notes(cfg, tier, found, n_sequences=len(texts.test), custom=train is not None),
+        notes=notes(
+            cfg, tier, found, n_sequences=len(texts.test), n_judged=1 + len(siblings), custom=train is not None
+        ),
     )
 
 

@@ -81,14 +81,20 @@ def controls(entries: list[Entry]) -> tuple[Control, ...]:
     )
 
 
-def notes(cfg: JudgeConfig, tier: Tier, found: Comparison, *, n_sequences: int, custom: bool) -> tuple[str, ...]:
+def notes(
+    cfg: JudgeConfig, tier: Tier, found: Comparison, *, n_sequences: int, n_judged: int, custom: bool
+) -> tuple[str, ...]:
     """What to doubt."""
     n_tests = sum(len(names) for _, _, names in COMPARED)
     n_tokens = int(found.judged.reconstruction.n_tokens.sum())
     told = [
         f"dead, dense and density are counted over {n_tokens} tokens; a latent that fires once in a million looks dead",
-        "stability of the judged dictionary is its agreement with the retrained ones, of the others that between seeds",
     ]
+    if n_judged == 1:
+        told.append(
+            "one seed of the judged dictionary: no range over seeds, and its stability is its agreement with the "
+            "retrained ones, which their short training limits"
+        )
     if not custom:
         how = "set by the config" if cfg.n_steps else f"what fits into {tier.seconds:g} s on this machine"
         told.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.judge.config import JudgeConfig, Tier, tier_of
 from interp.dictionaries.judge.rerandomised import rerandomised
 from interp.dictionaries.judge.retrain import recipe, shuffled, steps_in, trainer
+from interp.dictionaries.judge.stability import agreement
 from interp.dictionaries.judge.suite import METRICS, judge
 from interp.dictionaries.judge.texts import Texts, concept_activations, concept_records, gathered, load_texts
 from interp.instrument.tokens import from_ids
@@ -80,7 +83,7 @@ def test_order_of_the_dictionaries_is_what_training_says(result):
     fvu = {name: row(result, "fvu", name).value for name in ("judged", "retrained", "shuffled", "random")}
     assert fvu["judged"] < fvu["shuffled"] and fvu["retrained"] < fvu["shuffled"]
     agreeing = result.tables["agreement"]
-    assert agreeing[agreeing.dictionary == "judged"].shape[0] == 2
+    assert (agreeing.dictionary == "judged").sum() == 2 and (agreeing.dictionary == "random").sum() == 4
     assert (agreeing.stability_chance < 1).all()
 
 
@@ -200,3 +203,24 @@ def test_skipped_tokens_are_in_no_sequence(model):
     later = load_texts(model, "docs:assignment", n_train=2, n_test=2, length=10, skip_tokens=11)
     assert torch.equal(first.train.ids[0], later.test.ids[0])  # sequences 0 and 1 hold the skipped tokens
     assert torch.equal(first.train.ids[1], later.test.ids[1])
+
+
+def test_other_seeds_of_the_judged_dictionary_give_a_range(model, texts, trained, result):
+    x = gathered(model, texts, model.table.one("resid_post.1"), drop_norm=10.0)[0].tokens
+    other = trainer(recipe(trained, 4.0))(x, 8)
+    tier = Tier(n_test=10, n_train=20, length=24, n_seeds=1, seconds=1, n_steps=5, n_latents=5)
+    found = judge(model, trained, JudgeConfig(site="resid_post.1", n_steps=5), siblings=[other], texts=texts, tier=tier)
+    at, alone = row(found, "fvu", "judged"), row(result, "fvu", "judged").value
+    assert at.n_seeds == 2 and at.seed_low < at.value < at.seed_high and alone in (at.seed_low, at.seed_high)
+    mine = agreement(trained.features, other.features)
+    assert row(found, "stability", "judged").value == pytest.approx(mine.stability)
+    assert mine.stability > row(found, "stability", "random").value
+
+
+def test_comparisons_do_not_start_where_the_judged_dictionary_may_have_started():
+    """Equal seeds would start from equal directions and agree without having learnt anything."""
+    x = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    cfg = replace(recipe(SparseDictionary(16, 48, TopK(3)), 3.0), n_steps=1, lr=1e-6)
+    start = SparseDictionary.random(16, 48, TopK(3), seed=5)
+    found = agreement(start.features, trainer(cfg)(x, 5).features)
+    assert found.stability == pytest.approx(found.stability_chance, abs=0.05)
