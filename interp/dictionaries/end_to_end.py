@@ -1,0 +1,197 @@
+"""End-to-end training: what dictionary does the model need to go on as before?
+
+    loss = KL(p_model || p_with the dictionary in place)  [or its cross-entropy]  + weight * reconstruction
+           + sparsity and auxiliary terms of the kind
+p are next-token distributions; KL is the mean over predicted tokens, in nats. The dictionary stands in the running
+model through `interp.edited`, so its gradient comes from the model's output through every later layer; the model
+itself is frozen. With weight 0 the reconstruction is free to differ wherever the model does not care.
+Source: D. Braun et al., Identifying functionally important features with end-to-end sparse dictionary learning, 2024,
+https://arxiv.org/abs/2405.12241.
+Beware: such a dictionary may reach the output by other paths than the model's (their e2e+downstream loss is against
+that), and cross-entropy teaches it what the model does not know; compare FVU and later activations as well. One step
+costs two forwards and a backward of the model, on whole sequences, whose tokens are correlated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp.core.errors import InterpError, unknown
+from interp.core.seed import torch_generator
+from interp.core.sites import Site
+from interp.dictionaries.activity import Activity, observe
+from interp.dictionaries.dictionary import SparseDictionary
+from interp.dictionaries.loss_gradients import next_token_loss
+from interp.dictionaries.losses import Term
+from interp.dictionaries.train import Stepper, Trained, run_steps
+from interp.dictionaries.train_config import TrainConfig
+from interp.instrument.edits import Context, Edit, edited
+from interp.instrument.guards import check_instrumentable, frozen
+from interp.instrument.tokens import TokenRecord
+from interp.models.model import LoadedModel
+
+Goal = Literal["kl", "ce"]
+"""kl: the model's own distributions; ce: the text's next tokens."""
+
+
+@contextmanager
+def with_graph(model: LoadedModel) -> Generator[None, None, None]:
+    """Forwards inside build a graph from what edits put in; the model's parameters take no part."""
+    check_instrumentable(model, grad=True)
+    model.wants_grad += 1
+    try:
+        with frozen(model.module):
+            yield
+    finally:
+        model.wants_grad -= 1
+
+
+def divergence(
+    clean: Float[Tensor, "batch pos d_vocab"], logits: Float[Tensor, "batch pos d_vocab"], record: TokenRecord
+) -> Float[Tensor, ""]:
+    """KL(p_clean || p), mean over predicted tokens, nats; the gradient goes to `logits`."""
+    real = (record.mask[:, 1:] & record.mask[:, :-1]).to(logits.device)
+    if not bool(real.any()):
+        raise InterpError("the sequences predict no token; they need at least two real tokens")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    p = clean.detach()[:, :-1][real].to(wide).log_softmax(-1)
+    q = logits[:, :-1][real].to(wide).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def spliced_loss(
+    model: LoadedModel,
+    record: TokenRecord,
+    edits: Sequence[Edit],
+    goal: Goal = "kl",
+    clean: Float[Tensor, "batch pos d_vocab"] | None = None,
+) -> Float[Tensor, ""]:
+    """KL or cross-entropy per predicted token with these edits in place, in the graph of what they put in.
+
+    clean: the model's own logits, where they are known.
+    """
+    if goal not in get_args(Goal):
+        raise unknown("goal", goal, get_args(Goal))
+    if goal == "kl" and clean is None:
+        clean = model(record)
+    with with_graph(model), edited(model, list(edits)):
+        logits = model(record)
+    if clean is None or goal == "ce":
+        return next_token_loss(logits, record) / (record.mask[:, 1:] & record.mask[:, :-1]).sum()
+    return divergence(clean, logits, record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndConfig:
+    """What the dictionary is trained for, besides sparsity."""
+
+    goal: Goal = "kl"
+    """kl or ce."""
+    reconstruction: float = 0.0
+    """Weight of the kind's own reconstruction term."""
+    rows: int = 4
+    """Sequences per step."""
+
+    def __post_init__(self) -> None:
+        if self.goal not in get_args(Goal):
+            raise unknown("goal", self.goal, get_args(Goal))
+        if self.reconstruction < 0 or self.rows < 1:
+            raise InterpError(f"reconstruction={self.reconstruction} must not be negative, rows={self.rows} at least 1")
+
+
+class EndToEndStepper:
+    """A dictionary in training inside a model. It reads one site and writes another, or the same."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        dictionary: SparseDictionary,
+        sites: tuple[str | Site, str | Site],
+        cfg: TrainConfig,
+        goal: EndToEndConfig,
+    ) -> None:
+        if dictionary.token_norm != "none":
+            raise InterpError(f"token_norm={dictionary.token_norm!r} is not supported inside a model; use 'none'")
+        self.model, self.goal = model, goal
+        self.read, self.write = model.table.one(sites[0]), model.table.one(sites[1])
+        self.stepper = Stepper(dictionary, cfg)
+        own = self.stepper.objective
+        self.stepper.objective = replace(own, reconstruction=weighted(own.reconstruction, goal.reconstruction))
+
+    def edits(self, keep: Bool[Tensor, "batch pos"], dead: Bool[Tensor, "d_dict"], found: list[Activity]) -> list[Edit]:
+        """Put the dictionary where `keep` is true, as it is in training; what it did is added to `found`."""
+        dictionary, seen = self.stepper.sae, list[Tensor]()
+        dtype = dictionary.W_dec.dtype
+
+        def read(x: Tensor, _: Context) -> Tensor:
+            seen[:] = [x]
+            return x
+
+        def write(y: Tensor, _: Context) -> Tensor:
+            where = keep.to(y.device)
+            target = y.detach()[where].flatten(1).to(dtype)
+            x = target if self.read == self.write else seen[0].detach()[where].flatten(1).to(dtype)
+            at = observe(dictionary, x, None if self.read == self.write else target, dead=dead)
+            found.append(at)
+            y_hat = (at.output / dictionary.scale_out).to(y).reshape(-1, *y.shape[2:])
+            return y.index_put(where.nonzero(as_tuple=True), y_hat)
+
+        placed = Edit(self.write, write, at=keep, label="train")
+        return [placed] if self.read == self.write else [Edit(self.read, read, label="read"), placed]
+
+    def step(self, number: int, record: TokenRecord, keep: Bool[Tensor, "batch pos"]) -> dict[str, float | int]:
+        """One optimiser step on some sequences; the row of the curve, with `goal` beside the usual columns.
+
+        keep: tokens at which the dictionary stands; the others keep their own activation.
+        """
+        found: list[Activity] = []
+        extra = spliced_loss(
+            self.model, record, self.edits(keep, self.stepper.begin(number), found), self.goal.goal
+        )  # fmt: skip
+        row = self.stepper.finish(number, found[0], extra.to(found[0].output.dtype))
+        return row | {"goal": float(extra.detach())}
+
+
+def weighted(term: Term, weight: float) -> Term:
+    """weight * term."""
+    return lambda at: weight * term(at)
+
+
+def train_end_to_end(
+    model: LoadedModel,
+    dictionary: SparseDictionary,
+    record: TokenRecord,
+    keep: Bool[Tensor, "batch pos"],
+    sites: tuple[str | Site, str | Site],
+    cfg: TrainConfig,
+    goal: EndToEndConfig | None = None,
+) -> Trained:
+    """Train a dictionary (from `start.initial`, or one that reconstructs already) on sequences in shuffled order.
+
+    The dictionary is changed in place; the trained copy has its scales folded in. cfg.batch_size is not used: a step
+    takes `goal.rows` sequences.
+    """
+    goal = goal or EndToEndConfig()
+    steps = EndToEndStepper(model, dictionary, sites, cfg, goal)
+
+    def batches() -> Generator[Tensor, None, None]:
+        epoch = 0
+        while True:
+            order = torch.randperm(len(record), generator=torch_generator(cfg.seed, "end-to-end", epoch))
+            yield from (rows for rows in order.split(goal.rows) if bool(keep[rows].any()))
+            epoch += 1
+
+    if keep.shape != record.ids.shape or not bool(keep.any()):
+        raise InterpError(f"keep of shape {tuple(keep.shape)} keeps no token of {tuple(record.ids.shape)}")
+    curve = run_steps(
+        lambda number, rows: steps.step(number, record.rows(rows.tolist()), keep[rows]), batches(), cfg
+    )  # fmt: skip
+    scale = float(dictionary.scale_in.mean())
+    return Trained(sae=dictionary.folded().requires_grad_(False), curve=curve, scale=scale)
