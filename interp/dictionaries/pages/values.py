@@ -127,7 +127,8 @@ class Scores:
     """Numbers about the latent's meaning, each with its null; None where it could not be had."""
 
     token_share: float | None
-    """Share of firings on the token id that it fires most on: high for a latent that stands for one token."""
+    """Share of firings on the token id that it fires most on: high for a latent that stands for one token. The id is
+    picked on the same firings, so the share of a latent that fires rarely comes out a little high."""
     token_share_null: float | None
     """Share of an equally frequent latent's firings on that token id."""
     ablation: float | None

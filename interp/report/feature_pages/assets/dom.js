@@ -19,7 +19,7 @@ function number(value, digits = 3) {
   const size = Math.abs(value);
   const text = size >= 1e6 || size < 1e-3 ? value.toExponential(digits - 1)
     : size >= 1000 ? Math.round(value).toLocaleString("en")
-    : String(Number(value.toPrecision(digits)));
+    : value.toPrecision(digits);
   return text.replace(/-/g, "−");
 }
 
@@ -31,6 +31,12 @@ function percent(value) {
 function signed(value) {
   if (value === null || value === undefined) return "–";
   return value > 0 ? `+${number(value)}` : number(value);
+}
+
+/* Losses in nats: as many decimals as mean something. */
+function nats(value) {
+  if (value === null || value === undefined) return "–";
+  return `${value > 0 ? "+" : ""}${value.toFixed(3)}`.replace(/-/g, "−");
 }
 
 function whole(value) {

@@ -10,7 +10,7 @@ const exampleView = (() => {
       tokenChip(texts[example.tokens[i]]), ` row ${example.row}, position ${example.pos - example.at + i}`,
       ` · activation ${number(value)}`,
     ];
-    if (loss !== undefined) parts.push(loss === null ? " · nothing follows" : ` · zeroed: next-token loss ${signed(loss)} nats`);
+    if (loss !== undefined) parts.push(loss === null ? " · nothing follows" : ` · zeroed: next-token loss ${nats(loss)} nats`);
     return parts;
   }
 
@@ -26,10 +26,16 @@ const exampleView = (() => {
     bar.hidden = false;
   }
 
+  /* The full colour: the largest change of this latent's examples, but not less than a tenth of a nat. */
+  function largestLoss(page) {
+    const all = page.examples.flatMap((example) => example.loss || []).map((loss) => Math.abs(loss || 0));
+    return Math.max(0.1, ...all);
+  }
+
   function heat(page, example, i) {
     if (mode === "loss") {
       const loss = example.loss ? example.loss[i] : null;
-      return [Math.min(1, Math.abs(loss || 0) / 0.5), (loss || 0) >= 0 ? "rise" : "fall"];
+      return [Math.min(1, Math.abs(loss || 0) / largestLoss(page)), (loss || 0) >= 0 ? "rise" : "fall"];
     }
     return [page.max ? example.values[i] / page.max : 0, "heat"];
   }
@@ -45,7 +51,7 @@ const exampleView = (() => {
   function one(page, example, texts) {
     let cursor = null;
     const box = el("p", {
-      class: "text", tabindex: 0, role: "group",
+      class: "tokens", tabindex: 0, role: "group",
       "aria-label": `Example: activation ${number(example.values[example.at])} at ${texts[example.tokens[example.at]]}`,
     }, example.tokens.map((t) => el("span", { class: "t" }, texts[t])));
     paint(box, page, example);
@@ -79,9 +85,9 @@ const exampleView = (() => {
       el("span", { class: "marks" },
         example.first ? el("span", { class: "badge", title: "Nothing that counts comes before it" }, "first in its row") : null,
         loss === undefined ? null : el("span", {},
-          loss === null ? "nothing follows" : ["zeroed ", el("b", {}, signed(loss)), " nats"],
+          loss === null ? "nothing follows" : ["zeroed ", el("b", {}, nats(loss)), " nats"],
           example.lossNull === null || example.lossNull === undefined ? null
-            : el("span", { class: "null" }, ` null ${signed(example.lossNull)}`))));
+            : el("span", { class: "null" }, ` null ${nats(example.lossNull)}`))));
   }
 
   function group(page, texts, examples) {
@@ -93,7 +99,7 @@ const exampleView = (() => {
       const input = el("input", { type: "radio", name: "mode", value: name, checked: mode === name });
       input.addEventListener("change", () => {
         mode = name;
-        root.querySelectorAll(".text").forEach((box) => box.dispatchEvent(new Event("repaint")));
+        root.querySelectorAll(".tokens").forEach((box) => box.dispatchEvent(new Event("repaint")));
       });
       return el("label", {}, input, ` ${label}`);
     };

@@ -30,7 +30,7 @@ const latentView = (() => {
     }
     if (page.ablation !== null) {
       items.push(card(`nats of next-token loss when zeroed, mean of ${page.nAblated} top examples`,
-        signed(page.ablation), `null ${signed(page.ablationNull)}`));
+        nats(page.ablation), `null ${nats(page.ablationNull)}`));
     }
     if (!items.length) return null;
     const other = page.standIn === null ? "" : ` Here it is latent ${page.standIn}.`;
@@ -78,13 +78,13 @@ const latentView = (() => {
     const overview = interpPages.list.overview;
     const link = ([name, , , latent]) => latent === null ? name
       : listView.has(latent) ? el("a", { href: `#/latent/${latent}` }, name) : name;
-    const side = (title, head, rows, chance) => rows.length ? el("div", { class: "card" }, el("h4", {}, title),
-      table([head, "", "null"], rows.map((row) => [link(row), number(row[1]), number(row[2])])),
+    const side = (title, head, measure, rows, chance) => rows.length ? el("div", { class: "card" }, el("h4", {}, title),
+      table([head, measure, "null"], rows.map((row) => [link(row), number(row[1]), number(row[2])])),
       chance ? el("p", { class: "soft" }, `By chance the largest would be about ${number(chance, 2)}.`) : null) : null;
     const tables = [
-      side("Most similar rows (cosine)", "latent", page.similar, overview.chance_similar),
-      side("Fires with it (correlation)", "latent", page.correlated, null),
-      side("Most aligned neurons (cosine)", "neuron", page.neurons, overview.chance_neurons),
+      side("Most similar rows", "latent", "cosine", page.similar, overview.chance_similar),
+      side("Fires with it", "latent", "correlation", page.correlated, null),
+      side("Most aligned neurons", "neuron", "cosine", page.neurons, overview.chance_neurons),
     ].filter(Boolean);
     return tables.length ? el("section", {}, el("h3", {}, "Neighbours"), el("div", { class: "columns three" }, tables)) : null;
   }
@@ -129,7 +129,7 @@ const latentView = (() => {
       page.dead ? el("p", { class: "warning" }, "It fires at none of the counted tokens.") : "",
       header(page), ...[scores(page, texts), examples(page, texts), histograms(page), lens(page, texts), near(page)].filter(Boolean));
     main.querySelector("h2").focus({ preventScroll: true });
-    window.scrollTo(0, 0);
+    window.scrollTo({ top: 0, behavior: "instant" });
   }
 
   return Object.freeze({ show });

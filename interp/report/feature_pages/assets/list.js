@@ -10,13 +10,13 @@ const listView = (() => {
     { label: "max", kind: "number", hint: "Largest activation" },
     { label: "promotes", kind: "text", hint: "Token with the largest logit, by the logit lens" },
     { label: "lens hits", kind: "percent", hint: "Firings whose next token is among its promoted ones" },
-    { label: "zeroed", kind: "signed", hint: "Rise of the next-token loss at its top examples, in nats" },
-    { label: "its null", kind: "signed", hint: "The same with an equally frequent latent's direction" },
+    { label: "zeroed", kind: "nats", hint: "Rise of the next-token loss at its top examples, in nats" },
+    { label: "its null", kind: "nats", hint: "The same with an equally frequent latent's direction" },
   ];
   const SCORES = {
     token_share: ["Share of firings on one token", percent],
     lens_hit: ["Firings before a promoted token", percent],
-    ablation: ["Rise of the next-token loss when zeroed (nats)", signed],
+    ablation: ["Rise of the next-token loss when zeroed (nats)", nats],
   };
   const state = { sort: 0, down: false, text: "", page: 0, order: null, top: 0, last: null };
   let places = null;
@@ -57,7 +57,7 @@ const listView = (() => {
   function cell(column, value) {
     if (column.kind === "latent") return el("a", { href: `#/latent/${value}` }, value);
     if (column.kind === "text") return value === "" ? "–" : tokenChip(value);
-    return { percent, signed, number }[column.kind](value);
+    return { percent, nats, number }[column.kind](value);
   }
 
   function sortBy(column) {
@@ -69,14 +69,14 @@ const listView = (() => {
 
   function heads() {
     return COLUMNS.map((column, i) => el("th", {
-      scope: "col", class: `c${i} ${column.kind}`,
+      scope: "col", class: `c${i} k-${column.kind}`,
       "aria-sort": state.sort === i ? (state.down ? "descending" : "ascending") : null,
     }, el("button", { type: "button", class: "sort", title: column.hint, onclick: () => sortBy(i) }, column.label)));
   }
 
   function body() {
     return order().slice(state.page * PAGE, (state.page + 1) * PAGE).map((i) => el("tr", {},
-      rows()[i].map((value, c) => el("td", { class: `c${c} ${COLUMNS[c].kind}`, "data-label": COLUMNS[c].label }, cell(COLUMNS[c], value)))));
+      rows()[i].map((value, c) => el("td", { class: `c${c} k-${COLUMNS[c].kind}`, "data-label": COLUMNS[c].label }, cell(COLUMNS[c], value)))));
   }
 
   function draw() {
@@ -154,7 +154,7 @@ const listView = (() => {
       el("div", { class: "card scroll" }, el("table", { class: "stack" },
         el("thead", {}, el("tr", {}, ["Score", "Mean", "Null", "Difference [95 %]", "Latents"].map((head, i) => el("th", { scope: "col", class: i ? "num" : null }, head)))),
         el("tbody", {}, cells))),
-      el("p", { class: "soft" }, "A null asks the same of an equally frequent other latent in each one's place. Intervals: bootstrap over the latents shown."));
+      el("p", { class: "soft" }, "A null asks the same of an equally frequent other latent in each one's place. Intervals: bootstrap over the latents shown. The one token is picked on the same firings, so rare latents score a little high there."));
   }
 
   function density(overview) {
@@ -162,20 +162,20 @@ const listView = (() => {
     return el("figure", { class: "card" }, el("h4", {}, "Density of all latents that fire"),
       histogram(overview.density, {
         label: "Histogram of log10 density", unit: "latents",
-        ends: [`10^${number(low)} of tokens`, high === 0 ? "every token" : `10^${number(high)}`],
+        ends: [`${percent(10 ** low)} of tokens`, percent(10 ** high)],
       }),
       el("figcaption", {}, "Share of tokens at which a latent fires, on a logarithmic scale."));
   }
 
   function show(main) {
     const list = interpPages.list;
-    main.replaceChildren(first(list.overview), ...[scores(list)].filter(Boolean),
-      el("div", { class: "figures" }, density(list.overview)),
+    main.replaceChildren(first(list.overview),
+      el("div", { class: "split" }, ...[scores(list)].filter(Boolean), density(list.overview)),
       el("h3", { id: "list" }, "Latents"), tools(),
       el("div", { class: "card scroll" }, el("table", { id: "latents", class: "latents" },
         el("thead", {}, el("tr", {})), el("tbody", {}))));
     draw();
-    window.scrollTo(0, state.top);
+    window.scrollTo({ top: state.top, behavior: "instant" });
     const link = state.last === null ? null : main.querySelector(`a[href="#/latent/${state.last}"]`);
     if (link) link.focus({ preventScroll: true });
   }
