@@ -1,7 +1,8 @@
 """Sparse autoencoder: can the activations of a site be written as few learned directions, and does the model agree?
 
-A top-k autoencoder is trained on stored activations of one site and judged on other text: by the variance it leaves
-unexplained (FVU), and by what the model loses when its reconstruction replaces the activation,
+An autoencoder (top-k, unless another kind is asked for) is trained on stored activations of one site and judged on
+other text: by the variance it leaves unexplained (FVU), and by what the model loses when its reconstruction replaces
+the activation,
     loss_recovered = (CE_zero - CE_sae) / (CE_zero - CE_base).
 Beside it stand PCA with as many components as it has active latents, an untrained dictionary of the same shape, and
 zero ablation. Intervals and tests are over sequences.
@@ -36,7 +37,6 @@ from interp.core.manifest import Manifest
 from interp.core.result import LabelledTensor, Result
 from interp.core.seed import torch_generator
 from interp.core.spec import Spec, Tolerance
-from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
 from interp.dictionaries.dictionary import SparseDictionary
@@ -44,15 +44,18 @@ from interp.dictionaries.examples import top_examples
 from interp.dictionaries.formats import saelens
 from interp.dictionaries.heldout import held_out, score
 from interp.dictionaries.metrics import METRICS
+from interp.dictionaries.saved import describe, rebuilt
 from interp.dictionaries.sinks import ordinary
 from interp.dictionaries.splice import loss_recovered
 from interp.dictionaries.train import TrainConfig, Trained, train_sae
+from interp.dictionaries.train_config import Kind
 from interp.instrument.store import ActivationStore, StoreConfig
 from interp.instrument.tokens import TokenRecord, from_ids
 from interp.models.bundled import cache_dir
 from interp.models.model import LoadedModel
 from interp.tasks.corpora import load_corpus
 
+SCORES = {name: METRICS[name] for name in ("fvu", "l0", "dead_fraction", "loss_recovered")}
 SAMPLE = 32_768
 """Training activations from which the scale, PCA and the gain of the random dictionary are fitted, at most."""
 
@@ -71,10 +74,14 @@ class SAEConfig:
     """Held-out sequences, right after them."""
     length: int = 128
     """Tokens per sequence."""
+    kind: Kind = "topk"
+    """topk, batch_topk, matryoshka, multi_topk, group_max, top_afa, relu, jump_relu or gated."""
     d_dict: int = 2304
     """Number of latents."""
     k: int = 32
-    """Active latents per token."""
+    """Active latents per token, for kinds that select them; where jump_relu starts."""
+    sparsity_weight: float = -1.0
+    """Weight of the sparsity penalty, for relu, jump_relu, gated and top_afa; below 0 takes the kind's own."""
     n_steps: int = 400
     """Optimiser steps."""
     batch_size: int = 1024
@@ -111,9 +118,15 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
     started = time.perf_counter()
     site = model.table.one(cfg.site)
     train_cfg = TrainConfig(
-        d_dict=cfg.d_dict, k=cfg.k, n_steps=cfg.n_steps, batch_size=cfg.batch_size, seed=cfg.seed,
+        kind=cfg.kind,
+        d_dict=cfg.d_dict,
+        k=cfg.k,
+        sparsity_weight=cfg.sparsity_weight,
+        n_steps=cfg.n_steps,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
         dead_after_tokens=data.train.n_tokens,
-    )  # fmt: skip
+    )
     if data.test.hash == data.train.hash:
         raise InterpError("the held-out text is the training text; evaluate on other sequences")
     if len(data.test) < 2:
@@ -139,7 +152,7 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
             "latents": pd.DataFrame({"latent": range(cfg.d_dict), "density": found.density.numpy()}),
         },
         panels=PANELS,
-        controls=control_rows(scores, cfg.k),
+        controls=control_rows(scores),
         manifest=Manifest(
             method="sae",
             model=model.record(),
@@ -151,11 +164,12 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
                 "n_tokens": data.train.n_tokens,
                 "n_tokens_held_out": data.test.n_tokens,
                 "store": store.key,
+                "dictionary": describe(trained.sae),
                 "hook_name": next(iter(site.aliases), str(site)),
             },
             sites=(str(site),),
             seeds=(cfg.seed,),
-            metrics=METRICS,
+            metrics=SCORES,
             seconds=time.perf_counter() - started,
         ),
         tensors=_tensors(trained.sae) | {"density": LabelledTensor(values=found.density, axes=("latent",))},
@@ -191,11 +205,12 @@ def _train(
     sample = next(store.batches(site, min(n_kept, SAMPLE), seed=cfg.seed, keep=keep)).float().to(model.device)
     stream = store.batches(site, cfg.batch_size, seed=cfg.seed, keep=keep)
     trained = train_sae((x.to(model.device) for x in stream), sample, train_cfg)
-    n_components = min(cfg.k, sample.shape[1])
+    with torch.no_grad():
+        n_active = max(round(float(trained.sae.encode(sample[:4096]).l0().double().mean())), 1)
     dictionaries: dict[str, Dictionary] = {
         "SAE": trained.sae,
-        "PCA": fit_pca(sample, n_components),
-        "random": random_dictionary(sample, cfg.d_dict, cfg.k, seed=cfg.seed + 1),
+        "PCA": fit_pca(sample, min(n_active, sample.shape[1])),
+        "random": random_dictionary(sample, cfg.d_dict, min(n_active, cfg.d_dict), seed=cfg.seed + 1),
         "zero ablation": ZeroDictionary(torch.zeros_like(sample[0])),
     }
     return trained, dictionaries, median, len(store) - n_kept
@@ -222,10 +237,13 @@ def _headline(table: pd.DataFrame, dead_fraction: float) -> dict[str, Any]:
 
 
 def _tensors(sae: SparseDictionary) -> dict[str, LabelledTensor]:
-    axes = {"W_enc": ("d_in", "latent"), "b_enc": ("latent",), "W_dec": ("latent", "d_out"), "b_dec": ("d_out",)}
+    axes: dict[str, tuple[str, ...]] = {
+        "W_enc": ("d_in", "latent"), "b_enc": ("latent",), "W_dec": ("latent", "d_out"), "b_dec": ("d_out",),
+        "scale_in": (), "scale_out": (),
+    }  # fmt: skip
     return {
-        name: LabelledTensor(values=getattr(sae, name).detach().cpu().contiguous(), axes=names)
-        for name, names in axes.items()
+        name: LabelledTensor(values=value.detach().cpu().contiguous(), axes=axes.get(name, ("latent",) * value.ndim))
+        for name, value in sae.state_dict().items()
     }
 
 
@@ -233,12 +251,8 @@ def dictionary_of(result: Result) -> SparseDictionary:
     """The trained dictionary, rebuilt from a result (also one that was loaded from disk)."""
     if result.method != "sae":
         raise InterpError(f"a result of {result.method!r} holds no dictionary; run `sae`")
-    W_dec = result.tensors["W_dec"].values
-    sae = SparseDictionary(W_dec.shape[1], W_dec.shape[0], TopK(int(result.manifest.config["k"])), dtype=W_dec.dtype)
-    with torch.no_grad():
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            getattr(sae, name).copy_(result.tensors[name].values)
-    return sae.requires_grad_(False)
+    tensors = {name: tensor.values for name, tensor in result.tensors.items() if name != "density"}
+    return rebuilt(result.manifest.data["dictionary"], tensors).requires_grad_(False)
 
 
 def save_saelens(what: Result | SparseDictionary, folder: Path | str) -> Path:
@@ -277,7 +291,7 @@ SPEC = Spec(
     load=load,
     run=run,
     example=example,
-    metrics=METRICS,
+    metrics=SCORES,
     tolerances={
         "fvu": Tolerance(relative=0.02),
         "fvu_low": Tolerance(relative=0.03),

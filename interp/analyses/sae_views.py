@@ -51,13 +51,16 @@ def reconstruction_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["dictionary", "fvu", "fvu_low", "fvu_high", "l0"])
 
 
-def control_rows(scores: dict[str, Scores], k: int) -> tuple[Control, ...]:
+def control_rows(scores: dict[str, Scores]) -> tuple[Control, ...]:
     """The trained dictionary against each baseline: sign-flip test paired over held-out sequences, Holm-adjusted.
 
     With n sequences no adjusted p is below 5 / 2^n: with fewer than 7 nothing passes, however large the difference.
     """
     sae = scores["SAE"]
-    pca, random = f"PCA with {scores['PCA'].evaluation.l0:g} components", f"untrained dictionary with k={k}"
+    pca, random = (
+        f"PCA with {scores['PCA'].evaluation.l0:g} components",
+        f"untrained dictionary with {scores['random'].evaluation.l0:.0f} active",
+    )
     pairs = [
         (pca, "FVU on held-out text", sae.fvu, scores["PCA"].fvu),
         (random, "FVU on held-out text", sae.fvu, scores["random"].fvu),

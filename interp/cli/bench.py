@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -25,8 +24,9 @@ from typing import Annotated, Any
 import typer
 
 from interp.cli import console, options
-from interp.cli.bench_capture import Group, Notes, Systems, capture_groups
+from interp.cli.bench_capture import Group, Notes, capture_groups
 from interp.cli.bench_memory import peak_bytes
+from interp.cli.bench_sae import sae_groups
 from interp.core.errors import ArtefactError, unknown
 
 
@@ -73,7 +73,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns each system gets.")] = 5,
     threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads; 0 leaves torch's choice.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="capture: also in bfloat16, with its error per part.")] = False,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="capture: beside other libraries.")] = True,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="capture, sae: beside other libraries.")] = True,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON here as well.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -232,45 +232,7 @@ def _patching(bench: Bench) -> Iterator[Group]:
 
 
 def _sae(bench: Bench) -> Iterator[Group]:
-    """One training step at B 2048, d_in 576, d_dict 8192, k 32, against the encode GEMM alone and SAELens."""
-    import torch
-
-    from interp.core.seed import torch_generator
-    from interp.dictionaries.train import Stepper, TrainConfig, initial
-
-    x = torch.randn(2048, 576, generator=torch_generator(0, "bench"))
-    cfg = TrainConfig(d_dict=8192, k=32, n_steps=1000, batch_size=2048, lr=3e-4, warmup_fraction=0, decay_fraction=0)
-    ours = Stepper(initial(x, cfg), cfg)
-    weight, out = torch.randn(8192, 576), torch.empty(2048, 8192)
-    systems: Systems = {
-        "encode GEMM alone": lambda: torch.mm(x, weight.T, out=out),
-        "interp": lambda: ours.step(500, x),
-    }
-    if find_spec("sae_lens") is not None:
-        systems["SAELens"] = _sae_lens_step(x)
-    else:
-        bench.notes.left_out["SAELens"] = "sae_lens is not installed"
-    yield Group(case="training step", systems=systems)
-
-
-def _sae_lens_step(x: Any) -> Callable[[], object]:
-    import torch
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.saes.sae import TrainStepInput
-
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=576, d_sae=8192, k=32))
-    optimiser = torch.optim.Adam(sae.parameters(), lr=3e-4)
-
-    def step() -> object:
-        given = TrainStepInput(
-            sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
-        )
-        output = sae.training_forward_pass(step_input=given)
-        optimiser.zero_grad()
-        output.loss.backward()
-        return optimiser.step()
-
-    return step
+    return sae_groups(bench.model, bench.notes, with_peers=bench.peers)
 
 
 WORKS: dict[str, Callable[[Bench], Iterator[Group]]] = {
@@ -279,4 +241,4 @@ WORKS: dict[str, Callable[[Bench], Iterator[Group]]] = {
     "patching": _patching,
     "sae": _sae,
 }
-NEEDS_NO_MODEL = ("store", "sae")
+NEEDS_NO_MODEL = ("store",)

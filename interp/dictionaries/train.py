@@ -93,6 +93,8 @@ class Stepper:
         gradient: Float[Tensor, "batch d_out"] | None = None,
     ) -> dict[str, float | int]:
         """One optimiser step on one batch; the row of the training curve. Raises Diverged before any weight moves."""
+        if self.cfg.kind == "gradient_topk" and self.cfg.gradient_weight and gradient is None:
+            raise InterpError("gradient_topk selects by the gradient of the model's loss; pass it with every batch")
         dead = self.begin(number)
         at = observe(
             self.sae, x, y, gradient=gradient, dead=dead, workspace=self.workspace, group=self.group

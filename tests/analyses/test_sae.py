@@ -64,7 +64,7 @@ def test_controls_say_what_the_numbers_say(result):
         assert control.passed == (control.p_value < 0.05)
         assert control.observed < control.control or not control.passed
     by_name = {(c.name, c.statistic.split(" (")[0]): c for c in result.controls}
-    random = by_name["untrained dictionary with k=4", "FVU on held-out text"]
+    random = by_name["untrained dictionary with 4 active", "FVU on held-out text"]
     assert random.observed == pytest.approx(result.headline["fvu"])
     assert random.control == pytest.approx(result.headline["fvu_random"])
     assert random.passed and result.headline["fvu"] < result.headline["fvu_random"]

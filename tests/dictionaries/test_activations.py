@@ -281,20 +281,28 @@ def test_every_kind_learns_planted_features_and_resumes_bit_for_bit(kind):
                       threshold=0.5, bandwidth=0.3, dead_after_tokens=20_000,
                       sparsity_weight=0.3 if kind == "relu" else -1.0)  # fmt: skip
     sample = torch.cat([batch(10_000 + i) for i in range(4)])
+    given = {"gradient": noise(256, 16).float()} if kind == "gradient_topk" else {}
     steps = Stepper(initial(sample, cfg), cfg)
     rows, saved = [], None
     for number in range(cfg.n_steps):
         if number == 290:
             saved = {key: _copy(value) for key, value in steps.state().items()}
-        rows.append(steps.step(number, batch(number)))
+        rows.append(steps.step(number, batch(number), **given))
     assert rows[-1]["fvu"] < 0.6 * rows[0]["fvu"] and rows[-1]["fvu"] < 0.5
     assert rows[-1]["l0"] <= (20 if kind in ("relu", "jump_relu", "gated", "top_afa") else cfg.k)
     again = Stepper(initial(sample, cfg), cfg)
     again.restore(saved)
     for number in range(290, cfg.n_steps):
-        again.step(number, batch(number))
+        again.step(number, batch(number), **given)
     for (name, a), (_, b) in zip(steps.sae.state_dict().items(), again.sae.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_gradient_topk_without_a_gradient_is_refused():
+    cfg = TrainConfig(kind="gradient_topk", d_dict=8, k=2)
+    x = noise(20, 4).float()
+    with pytest.raises(InterpError, match="pass it with every batch"):
+        Stepper(initial(x, cfg), cfg).step(0, x)
 
 
 def _copy(value):
