@@ -49,7 +49,12 @@ Pack = Annotated[
     typer.Option("--pack/--pad", help="Documents end to end fill every sequence, or a document is a sequence."),
 ]
 Separator = Annotated[int | None, typer.Option("--separator", help="Token id between packed documents.")]
-Tokens = Annotated[int | None, typer.Option("--tokens", min=1, help="Stop after so many.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", min=1, help="Stop once there are so many; the last sequence is kept whole. Images, arrays: items."
+    ),
+]
 StoreDtype = Annotated[str, typer.Option("--store-dtype", help="float32, float16, bfloat16 or int8.")]
 Rows = Annotated[int, typer.Option("--rows-per-forward", min=1, help="Sequences per forward pass.")]
 ShardBytes = Annotated[int, typer.Option("--shard-bytes", min=1, help="Bytes per shard, about; two are in memory.")]
@@ -135,9 +140,9 @@ def plan_command(
         with steps.step("trying two batches"):
             made = job.plan(out)
     if as_json:
-        console.emit_json({**asdict(made), "fits": not made.refusals, "padding": job.padding})
+        console.emit_json({**asdict(made), "fits": not made.refusals, "padding": job.padding, "asked": tokens})
     else:
-        _say_plan(made, job.padding)
+        _say_plan(made, job.padding, None if job.of_items else tokens)
     if made.refusals:
         raise typer.Exit(1)
 
@@ -184,15 +189,14 @@ def _stores(path: str) -> list[str]:
 
 
 def _pickles_below(path: str, stores: list[str]) -> list[Any]:
-    """Files anywhere below a folder that may be pickles, but for those that the audit of a store has named."""
-    from interp.instrument.store_audit import PICKLES, Finding
+    """Files below a folder that may be pickles, but for those in stores, which their audit names."""
+    from interp.instrument.store_audit import PICKLES, pickle
 
     root, named = Path(path), {Path(store) for store in stores}
     if "://" in path or not root.is_dir():
         return []
-    found = sorted(p for p in root.rglob("*") if p.suffix in PICKLES and p.is_file() and p.parent not in named)
-    problem, advice = "may be a pickle, which runs code when loaded", "do not load it"
-    return [Finding(file=p.relative_to(root).as_posix(), problem=problem, advice=advice) for p in found]
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICKLES and p.is_file())
+    return [pickle(p.relative_to(root).as_posix()) for p in found if not named & {*p.parents}]
 
 
 @contextmanager
@@ -237,15 +241,16 @@ def _quiet_unless(speaks: bool) -> Generator[None, None, None]:
         yield
 
 
-def _say_plan(plan: Any, padding: float) -> None:
+def _say_plan(plan: Any, padding: float, asked: int | None) -> None:
     from interp.instrument.plan import size_text
 
     per_hour = plan.seconds / 3600
     took = f"{plan.seconds:.1f} s" if plan.seconds < 600 else f"{per_hour:.1f} h"
     free = "" if plan.disk_free is None else f"of {size_text(plan.disk_free)} free"
+    whole = f"; {asked:,} were asked for, sequences are kept whole" if asked and plan.n_tokens > asked else ""
     rows = [
         ("sites", len(plan.sites), ", ".join(plan.sites[:4]) + (", ..." if len(plan.sites) > 4 else "")),
-        ("tokens", f"{plan.n_tokens:,}", f"in {plan.n_batches:,} batches, {padding:.1%} padding"),
+        ("tokens", f"{plan.n_tokens:,}", f"in {plan.n_batches:,} batches, {padding:.1%} padding{whole}"),
         ("disk", size_text(plan.disk_bytes), f"{free}, {plan.n_shards} shards of {plan.dtype}".lstrip(", ")),
         ("memory", size_text(plan.memory_bytes), f"peak, model included, of {size_text(plan.memory_free)}"),
         ("time", took, f"at {plan.tokens_per_second:,.0f} tokens/s; N processes need about 1/N where cores are free"),

@@ -23,6 +23,8 @@ class CaptureJob:
         self.packed, self.separator, self.tokens = packed, separator, tokens
         self.config = StoreConfig(dtype=store_dtype, rows_per_forward=rows, shard_bytes=shard_bytes)
         self.padding = 0.0
+        self.of_items = False
+        """Whether `tokens` counts images or arrays."""
 
     def open(self, steps: Any, device: str, dtype: str) -> None:
         """Load the model, find the sites, read the input."""
@@ -39,6 +41,7 @@ class CaptureJob:
         from interp.tasks.corpora_inputs import is_input, load_inputs
 
         rows = self.config.rows_per_forward
+        self._check_kind(is_input(self.corpus))
         if is_input(self.corpus):
             return load_inputs(self.corpus, rows_per_forward=rows, limit=self.tokens)
         if self.corpus.partition("?")[0] == "sampled":
@@ -56,6 +59,17 @@ class CaptureJob:
         batches = bucketed(_first(pad(self.model, documents, self.length), self.tokens), rows)
         self.padding = batches.padding
         return batches
+
+    def _check_kind(self, items: bool) -> None:
+        """Texts go to a model that reads them, images and arrays to one that does not."""
+        self.of_items, sampled = items, self.corpus.partition("?")[0] == "sampled"
+        if not items and self.model.tokenizer is None and not (sampled and not self.model.takes_pixels):
+            taken = "images" if self.model.takes_pixels else "arrays"
+            works = "sampled" if self.model.is_transformers and not self.model.takes_pixels else "array:PATH.npy"
+            raise InterpError(
+                f"--corpus {self.corpus} is text, and {self.source} has no tokenizer: it takes {taken}; say --corpus "
+                + (f"images:FOLDER or --corpus {works}" if taken == "images" else works)
+            )
 
     def _sampled(self) -> Any:
         from interp.tasks.corpora_files import read_options

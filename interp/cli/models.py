@@ -48,7 +48,10 @@ def sites(
     as_json: options.Json = False,
 ) -> None:
     """Every point of a model that can be read and edited, with its shape, module and other names."""
-    with console.progress() as steps, steps.step(f"opening {model}"):
+    from interp.models.quiet import quiet
+
+    # Nothing is run but the check at load, so which kernels are missing is no news.
+    with console.progress() as steps, steps.step(f"opening {model}"), quiet(progress=True):
         opened = options.open_model(model)
     rows = [site_row(opened, site) for site in opened.resolve(pattern)]
     if as_json:

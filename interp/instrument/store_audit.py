@@ -140,6 +140,21 @@ def _unfinished(folder: Folder) -> Iterator[Finding]:
         yield from _shard(folder, entry, None)
 
 
+def pickle(file: str) -> Finding:
+    return Finding(file=file, problem="may be a pickle, which runs code when loaded", advice="do not load it")
+
+
+def _pickles_in(folder: Folder, path: str) -> Iterator[Finding]:
+    """Files in a folder and below it that may be pickles; a file has none."""
+    for name in folder.names():
+        inside = f"{path}/{name}"
+        if folder.child(name).names():
+            if folder.link(name) is None:
+                yield from _pickles_in(folder.child(name), inside)
+        elif name.lower().endswith(PICKLES):
+            yield pickle(inside)
+
+
 def _strangers(folder: Folder) -> Iterator[Finding]:
     """Files that no store has. Shards beyond the manifest's are strangers too."""
     known = {MANIFEST, PLAN, STATISTICS}
@@ -151,10 +166,15 @@ def _strangers(folder: Folder) -> Iterator[Finding]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # reported elsewhere
         told = False
     for name in folder.names():
+        if (target := folder.link(name)) is not None:
+            problem = f"is a link to {target}, whose bytes may change without a trace here"
+            yield Finding(file=name, problem=problem, advice="put the file itself in its place")
+            continue
+        yield from _pickles_in(folder.child(name), name)
         if name in known or (not told and re.fullmatch(r"shard-\d{5,}\.(safetensors|json)", name)):
             continue
-        if name.endswith(PICKLES):
-            yield Finding(file=name, problem="may be a pickle, which runs code when loaded", advice="do not load it")
+        if name.lower().endswith(PICKLES):
+            yield pickle(name)
         elif name.startswith(LOCK) or name.endswith(TEMPORARY):
             advice = "capture again to go on and to tidy up" if not folder.exists(MANIFEST) else "delete it"
             yield Finding(file=name, problem="was left by a capture that was killed, or is running", advice=advice)

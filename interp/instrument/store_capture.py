@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivate
 from interp.core.errors import ArtefactError, InterpError
 from interp.core.progress import track
 from interp.core.sites import Site
+from interp.instrument.foreign import watched
 from interp.instrument.shards import (
     FORMAT,
     MANIFEST,
@@ -64,14 +65,17 @@ def write_store(
         raise InterpError("the input is empty: there is no batch to capture")
     folder = parent.child(store_key(model, batches, sites, config.dtype))
     try:
-        if folder.exists(MANIFEST):
-            sweep(folder)
-            if observers:
-                observe(model, batches, sites, observers, ranks=ranks)
-        else:
-            if folder.names() and not folder.exists(PLAN) and any(not n.startswith(".") for n in folder.names()):
-                raise ArtefactError(f"{folder} exists and is not an activation store; choose another folder")
-            _Job(model, batches, sites, folder, config, ranks, observers).run()
+        with watched(model.module) as n_foreign:
+            if folder.exists(MANIFEST):
+                sweep(folder)
+                if observers:
+                    observe(model, batches, sites, observers, ranks=ranks)
+                elif n_foreign:  # so that a hook that changes something does not get the untouched model's store
+                    run_batch(model, batches.batch(0), sites)
+            else:
+                if folder.names() and not folder.exists(PLAN) and any(not n.startswith(".") for n in folder.names()):
+                    raise ArtefactError(f"{folder} exists and is not an activation store; choose another folder")
+                _Job(model, batches, sites, folder, config, ranks, observers).run()
     except OSError as error:
         raise ArtefactError(_stopped(folder, error)) from error
     return folder

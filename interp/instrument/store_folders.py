@@ -57,6 +57,10 @@ class Folder(Protocol):
     def exists(self, name: str = "") -> bool: ...
     def size(self, name: str) -> int | None: ...
     def names(self) -> list[str]: ...
+    def link(self, name: str) -> str | None:
+        """Where a symbolic link points; None for what is none."""
+        ...
+
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes: ...
     def sha256(self, name: str) -> str: ...
     def begin(self, name: str, blocks: Blocks) -> Draft:
@@ -120,6 +124,10 @@ class LocalFolder:
     def size(self, name: str) -> int | None:
         path = self.path / name
         return path.stat().st_size if path.is_file() else None
+
+    def link(self, name: str) -> str | None:
+        path = self.path / name
+        return str(path.readlink()) if path.is_symlink() else None
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
@@ -214,6 +222,9 @@ class RemoteFolder:
     def size(self, name: str) -> int | None:
         path = self._at(name)
         return int(self.fs.size(path)) if self.fs.isfile(path) else None
+
+    def link(self, name: str) -> None:
+        return None
 
     def names(self) -> list[str]:
         if not self.fs.isdir(self.path):

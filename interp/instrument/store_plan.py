@@ -26,7 +26,7 @@ from interp.core.sites import Site
 from interp.instrument.shards import DTYPES, FORMAT, PLAN, VERSION
 from interp.instrument.store_encode import Encoded
 from interp.instrument.store_folders import Folder
-from interp.instrument.store_writer import as_json
+from interp.instrument.store_writer import as_json, sha256
 from interp.instrument.stream import Batches
 from interp.models.model import LoadedModel
 
@@ -79,7 +79,8 @@ class Plan:
         return range(first, min(first + self.batches_per_shard, self.n_batches))
 
     def write(self, folder: Folder) -> None:
-        folder.write(PLAN, [as_json({**asdict(self), "n_shards": self.n_shards})])
+        content = {**asdict(self), "n_shards": self.n_shards}
+        folder.write(PLAN, [as_json({**content, "checksum": sha256([as_json(content)])})])
 
     @classmethod
     def read(cls, folder: Folder) -> Plan | None:
@@ -90,6 +91,10 @@ class Plan:
             raw: dict[str, Any] = json.loads(folder.read(PLAN))
             if (raw["format"], raw["version"]) != (FORMAT, VERSION):
                 raise ArtefactError(f"{folder / PLAN} is of another release; delete {folder} and capture again")
+            if raw.pop("checksum", None) != sha256([as_json(raw)]):
+                raise ArtefactError(
+                    f"{folder / PLAN} was changed after it was written; delete {folder} and capture again"
+                )
             raw.pop("n_shards")
             return cls(**raw)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

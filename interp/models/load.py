@@ -7,10 +7,6 @@ Nothing is unpickled, no remote code runs, weights are not rewritten, and the hu
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from interp.models import gguf
 from interp.models.bundled import BUNDLED
 from interp.models.experts import fit_dtype
 from interp.models.model import LoadedModel
+from interp.models.quiet import quiet
 
 TINY = "tiny-"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -209,22 +206,3 @@ def _tokenizer_from(tokenizer: Any) -> Any:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def quiet(*, progress: bool = False) -> Generator[None]:
-    """Keep transformers from printing inside the block; its settings are put back afterwards."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers.utils import logging as hf_logging
-
-        level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity(logging.ERROR)
-        if not progress:
-            hf_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            hf_logging.set_verbosity(level)
-            if bars:
-                hf_logging.enable_progress_bar()

@@ -206,11 +206,20 @@ class LoadedModel:
     def generate(
         self, inputs: Tokens | Int[Tensor, "batch pos"], *, n_new: int, use_cache: bool = True, **kwargs: Any
     ) -> Int[Tensor, "batch total"]:
-        """Greedy continuation by `n_new` tokens (always that many), prompt included. Left-pad unequal prompts."""
+        """Greedy continuation by `n_new` tokens (always that many), prompt included. Left-pad unequal prompts.
+
+        `kwargs` go to transformers' generate, but for those that would make it something else, e.g. `num_beams`.
+        """
         if not self.is_transformers or self.takes_pixels:
             raise InterpError(f"{self.source} cannot generate: it is not a transformers causal language model")
         if n_new < 1:
             raise InterpError(f"n_new={n_new} must be at least 1")
+        if fixed := sorted(_FIXED & set(kwargs)):
+            raise InterpError(
+                f"generate({fixed[0]}={kwargs[fixed[0]]!r}): decoding here is greedy, one row per prompt, n_new tokens "
+                "long, so that each forward is one position of one text; for anything else call model.module.generate "
+                "and capture model(tokens) on what it wrote"
+            )
         _, named = self.arguments(inputs, {})
         mask = named.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
@@ -261,6 +270,14 @@ def _meaning(config: Any) -> Any:
         return config
     items = cast("dict[str, Any]", config).items()
     return {name: _meaning(value) for name, value in items if name not in _LABELS}
+
+
+_FIXED = {
+    "input_ids", "attention_mask", "max_new_tokens", "min_new_tokens", "max_length", "min_length", "do_sample",
+    "num_beams", "num_beam_groups", "num_return_sequences", "temperature", "top_p", "top_k", "pad_token_id",
+    "assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "generation_config",
+}  # fmt: skip
+"""Arguments of transformers' generate that are decided here."""
 
 
 def _forget(module: nn.Module, ids: Tensor) -> None:

@@ -22,8 +22,8 @@ import torch
 
 from interp.core.errors import InterpError, MissingPackageError, unknown
 from interp.instrument.tokens import TokenRecord, from_ids
-from interp.models.load import quiet
 from interp.models.model import LoadedModel
+from interp.models.quiet import quiet
 from interp.tasks.corpora_files import FILE_KINDS, read_documents, read_text
 
 KINDS = ("docs", "docs:TOPIC", "docstrings:PACKAGE", "file:PATH", *FILE_KINDS)

@@ -112,9 +112,26 @@ def test_pickles_anywhere_below_are_found(cli: Cli, work: Path) -> None:
     (work / store / "more" / "a.pkl").write_bytes(b"\x80\x04.")
     said = cli("audit", "runs", "--json")
     assert said.status == 1
-    files = {finding["file"] for finding in said.json["runs"]}
-    assert files == {"deep/weights.pt", f"{Path(store).name}/more/a.pkl"}
+    assert {finding["file"] for finding in said.json["runs"]} == {"deep/weights.pt"}
+    assert {finding["file"] for finding in said.json[store]} == {"more", "more/a.pkl"}
     assert "more/a.pkl" in cli("audit", store).out
+
+
+def test_whole_sequences_are_said(cli: Cli) -> None:
+    flags = (*TINY, "--sites", "z.1", "--tokens", "100")
+    said = cli("plan", "capture", *flags).out
+    assert "128" in said and "100 were asked for, sequences are kept whole" in " ".join(said.split())
+    assert "asked for" not in cli("plan", "capture", *flags[:-1], "128").out
+    assert cli("capture", *flags, "--json").json["tokens"] == 128
+
+
+@pytest.mark.parametrize("corpus", ["docs", "sampled"])
+def test_text_for_a_model_of_images_is_refused_with_a_corpus_that_works(cli: Cli, work: Path, corpus: str) -> None:
+    flags = ("plan", "capture", "--model", "tiny-vit", "--sites", "resid_post.1", "--pack", "--json", "--tokens", "4")
+    reason = cli(*flags, "--corpus", corpus).reason
+    assert f"--corpus {corpus} is text" in reason and "--corpus array:PATH.npy" in reason and "load(" not in reason
+    np.save("a.npy", np.zeros((4, 3, 16, 16), dtype=np.float32))
+    assert cli(*flags, "--corpus", "array:a.npy").json["fits"]
 
 
 def test_arrays_and_samples(cli: Cli, work: Path) -> None:
@@ -221,3 +238,11 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
     assert one == two
     first, second = (ActivationStore.open(next((tmp_path / name).iterdir())) for name in ("one", "two"))
     assert torch.equal(next(first.blocks("resid_post.1")), next(second.blocks("resid_post.1")))
+
+
+@pytest.mark.slow
+def test_fallbacks_of_transformers_are_not_told_when_a_tiny_model_is_opened() -> None:
+    """In a process of its own, since transformers says such a thing once."""
+    command = [sys.executable, "-m", "interp.cli", "sites", "tiny-qwen3-next", "gate.0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if not line.startswith("opening")] == []

@@ -67,3 +67,13 @@ def test_dims_of_a_module_path_are_checked_too() -> None:
     model = LoadedModel(torch.nn.Sequential(torch.nn.Linear(2, 3)))
     with pytest.raises(InterpError, match="dims 0 to 2"), edited(model, zero("0", dims=3)):
         model(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_beams", 2), ("num_return_sequences", 3), ("do_sample", True)])
+def test_decoding_that_is_not_one_greedy_row_per_prompt_is_refused(name: str, value: object) -> None:
+    model = tiny_model("llama")
+    with capture(model, "z.1", stop=False) as acts, edited(model, zero("z.1")):
+        with pytest.raises(InterpError, match=rf"generate\({name}={value}\): decoding here is greedy"):
+            model.generate(tokens(model), n_new=2, **{name: value})
+        model.generate(tokens(model), n_new=2, repetition_penalty=1.5)
+    assert acts["z.1"].shape[1] == 8

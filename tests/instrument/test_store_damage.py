@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from interp.core.errors import ArtefactError
+from interp.core.errors import ArtefactError, InterpError
 from interp.instrument import store_folders
 from interp.instrument.shards import MANIFEST, PLAN
 from interp.instrument.store import ActivationStore, StoreConfig
 from interp.instrument.store_audit import audit
 from interp.instrument.store_folders import LocalFolder
-from interp.instrument.store_writer import ShardWriter
+from interp.instrument.store_writer import ShardWriter, as_json, sha256
 from interp.instrument.tokens import TokenRecord, tokenize
 from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
+from interp.tasks.corpora_inputs import InputBatches
 
 SITES = ["resid_post.1", "neurons.0"]
 CONFIG = StoreConfig(dtype="float32", rows_per_forward=1, shard_tokens=1)
@@ -52,6 +53,19 @@ def folder(written: Path, tmp_path: Path) -> Path:
 
 def rewrite(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def replan(path: Path, **changes: object) -> None:
+    """Changed by somebody who knows of the checksum."""
+    content = {k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"} | changes
+    path.write_bytes(as_json({**content, "checksum": sha256([as_json(content)])}))
+
+
+def move_away(path: Path) -> None:
+    """The same bytes, elsewhere."""
+    elsewhere = path.parent.parent / f"elsewhere-{path.name}"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
 
 
 def move_rows(path: Path) -> None:
@@ -136,7 +150,10 @@ def test_a_manifest_that_tells_another_shape_is_refused_when_rows_are_read(folde
         (lambda f: (f / "notes.txt").write_bytes(b""), "notes.txt", "does not belong"),
         (lambda f: (f / "shard-00009.safetensors").write_bytes(b""), "shard-00009.safetensors", "does not belong"),
         (lambda f: (f / ".lock-3").write_bytes(b""), ".lock-3", "left by a capture that was killed"),
-        (lambda f: rewrite(f / PLAN, key="other"), MANIFEST, "does not match plan.json"),
+        (lambda f: rewrite(f / PLAN, cut="2 rows per forward"), PLAN, "was changed after it was written"),
+        (lambda f: replan(f / PLAN, key="other"), MANIFEST, "does not match plan.json"),
+        (lambda f: move_away(f / SHARD), SHARD, "is a link to"),
+        (lambda f: move_away(f / MANIFEST), MANIFEST, "is a link to"),
         (lambda f: rewrite(f / MANIFEST, relative_error={}), MANIFEST, "was changed after it was written"),
         (lambda f: move_rows(f / MANIFEST), MANIFEST, "was changed after it was written"),
         (lambda f: (f / PLAN).write_text("{}"), PLAN, "is not valid"),
@@ -146,6 +163,68 @@ def test_the_audit_finds_one_thing_and_names_its_file(folder, damage, file, prob
     damage(folder)
     (finding,) = audit(folder)
     assert finding.file == file and problem in finding.problem and str(finding).startswith(file)
+
+
+def test_pickles_in_folders_below_are_named(folder):
+    (folder / "more" / "deep").mkdir(parents=True)
+    (folder / "more" / "deep" / "A.PT").write_bytes(b"")
+    (folder / "more" / "b.pkl").write_bytes(b"")
+    assert {f.file for f in audit(folder) if "pickle" in f.problem} == {"more/deep/A.PT", "more/b.pkl"}
+
+
+def test_a_changed_plan_of_an_unfinished_store_is_not_gone_on_with(folder, model, record):
+    (folder / MANIFEST).unlink()
+    rewrite(folder / PLAN, batches_per_shard=2)
+    with pytest.raises(ArtefactError, match="was changed after it was written"):
+        ActivationStore.write(model, record, SITES, folder.parent, CONFIG)
+
+
+# Hooks of others.
+
+
+def scale_output(_module, _args, output):
+    return output * 2
+
+
+def scale_in_place(_module, args):
+    args[0].mul_(2)
+
+
+def scale_input(_module, args):
+    return (args[0] * 2,)
+
+
+@pytest.mark.parametrize("hook", [scale_output, scale_in_place, scale_input])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_users_hook_that_changes_an_activation_is_refused(model, record, written, tmp_path, hook, finished):
+    place = written.parent if finished else tmp_path
+    layer = model.layers[1].mlp.down_proj
+    add = layer.register_forward_hook if hook is scale_output else layer.register_forward_pre_hook
+    with (
+        add(hook),
+        pytest.raises(InterpError, match=rf"a hook of yours on model.layers.1.mlp.down_proj \({hook.__name__}"),
+    ):
+        ActivationStore.write(model, record, SITES, place, CONFIG)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+    assert_same(ActivationStore.write(model, record, SITES, tmp_path, CONFIG).folder.local, written)
+
+
+def test_a_users_hook_that_looks_is_let_alone(model, record, written, tmp_path):
+    seen, layer = [], model.layers[1].mlp
+    with (
+        layer.register_forward_hook(lambda _m, args, kwargs, output: seen.append(1) or output, with_kwargs=True),
+        layer.register_forward_pre_hook(lambda _m, args: seen.append(2) or args),
+    ):
+        hooks = dict(layer._forward_hooks)
+        assert_same(ActivationStore.write(model, record, SITES, tmp_path, CONFIG).folder.local, written)
+        assert dict(layer._forward_hooks) == hooks
+    assert seen == [2, 1] * 5
+
+
+def test_a_hook_of_torch_that_makes_a_weight_is_part_of_the_model(tmp_path):
+    module = torch.nn.Sequential(torch.nn.utils.spectral_norm(torch.nn.Linear(3, 3)).eval())
+    items = InputBatches(n_items=4, item=lambda n: torch.ones(3) * n, rows_per_forward=2, content="x")
+    assert len(ActivationStore.write(LoadedModel(module), items, "0", tmp_path, CONFIG)) == 4
 
 
 def test_the_audit_tells_a_store_in_the_making_from_a_damaged_one(folder, tmp_path):

@@ -19,8 +19,9 @@ from interp.core.hash import hash_tensors
 from interp.instrument.capture import capture
 from interp.instrument.edits import add, edited
 from interp.models.bundled import BundledModel
-from interp.models.load import load, quiet
+from interp.models.load import load
 from interp.models.model import LoadedModel
+from interp.models.quiet import quiet
 from interp.models.tiny import byte_tokenizer, tiny_model
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
