@@ -68,8 +68,6 @@ def judge(
         model, cfg.corpus, n_train=tier.n_train, n_test=tier.n_test, length=tier.length, skip_tokens=cfg.skip_tokens
     )  # fmt: skip
     found = compare(model, (dictionary, *siblings), site, cfg, tier, texts, train)
-    described = {"name": texts.name, "hash": texts.test.hash, "hash_train": texts.train.hash}
-    described |= {"n_tokens": texts.test.n_tokens, "n_tokens_train": texts.train.n_tokens, **(data or {})}
     table = score_table(found.entries, cfg.seed)
     return Result(
         headline=headline(found.entries) | {"site": str(site), "tier": cfg.tier, "n_steps": found.n_steps},
@@ -86,7 +84,7 @@ def judge(
             method="sae_eval",
             model=model.record(),
             config=asdict(cfg),
-            data=described,
+            data=_described(texts) | dict(data or {}),
             sites=(str(site),),
             seeds=tuple(range(cfg.seed, cfg.seed + tier.n_seeds)),
             metrics=METRICS,
@@ -97,6 +95,16 @@ def judge(
             cfg, tier, found, n_sequences=len(texts.test), n_judged=1 + len(siblings), custom=train is not None
         ),
     )
+
+
+def _described(texts: Texts) -> dict[str, Any]:
+    return {
+        "name": texts.name,
+        "hash": texts.test.hash,
+        "hash_train": texts.train.hash,
+        "n_tokens": texts.test.n_tokens,
+        "n_tokens_train": texts.train.n_tokens,
+    }
 
 
 def _check(dictionary: Dictionary) -> None:
