@@ -1,50 +1,28 @@
 """Family tables: a `Family` bound to one module.
 
 The table lists the sites, resolves names and patterns, and turns a site into a place to hook. A network of no known
-family gets a table whose sites are its module paths, and those of the blocks it contains.
+family gets a table whose sites are its module paths, and those of the blocks it contains. Modules, blocks and weights
+come from `layout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from interp.core.errors import SiteError, unknown
 from interp.core.sites import PARTS, Part, Site, expand, is_glob, matches
-from interp.models.family import Block, Chunk, Dims, Family, Reach, Side, Weight, block_of
-from interp.models.views import pieces
+from interp.models.family import Reach, Side
+from interp.models.layout import Layout, join, spans
 
 
 @dataclass(frozen=True)
-class FamilyTable:
+class FamilyTable(Layout):
     """The sites of one model, and how each is reached."""
-
-    module: nn.Module
-    family: Family | None
-    dims: Dims = field(default_factory=Dims)
-
-    @property
-    def name(self) -> str:
-        return self.family.name if self.family else "generic"
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """By path; hook points of TransformerLens also by the names that it gives them."""
-        hooks = getattr(self.module, "hook_dict", None)
-        named = {str(name): hook for name, hook in hooks.items()} if isinstance(hooks, Mapping) else {}
-        return {path: module for path, module in self.module.named_modules() if path} | named
-
-    @cached_property
-    def _first_paths(self) -> dict[int, str]:
-        return {id(module): path for path, module in reversed(self.modules.items())}
-
-    def canonical(self, path: str) -> str:
-        """One path for a module that has several."""
-        return self._first_paths[id(self.modules[path])] if path in self.modules else path
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -63,17 +41,6 @@ class FamilyTable:
         return (*first, *layers, *self.block_sites, *(site for site in alone if site.part is not Part.EMBED))
 
     @cached_property
-    def blocks(self) -> dict[str, Block]:
-        """Modules of a known kind, by path; those that are run twice (backwards, say) also as `path@branch`."""
-        found: dict[str, Block] = {}
-        for path, module in {"": self.module, **self.modules}.items():
-            block = block_of(module)
-            if block is not None:
-                found[path] = block
-                found |= {f"{path}@{name}": block for name in (block.branches(module) if block.branches else ())}
-        return found
-
-    @cached_property
     def block_sites(self) -> tuple[Site, ...]:
         """`path:part`, or `path:part.layer` for stacked recurrent layers."""
         return tuple(
@@ -83,10 +50,6 @@ class FamilyTable:
             for part in PARTS
             if part in block.parts
         )
-
-    def _module(self, path: str) -> nn.Module:
-        """The module of a path with or without `@branch`; the empty path is the network itself."""
-        return self.module.get_submodule(path.partition("@")[0])
 
     def _found(self, part: Part, layer: int | None) -> Reach | None:
         """The reach of a part at a layer, paths filled in; `None` if this layer has no such thing."""
@@ -106,24 +69,7 @@ class FamilyTable:
         if len(offered) != 1:
             return None
         path, reach = offered[0]
-        return replace(reach, path=_join(path, reach.path))
-
-    def _blocks_of(self, layer: int | None) -> list[tuple[str, Block]]:
-        """Modules of a known kind inside a layer."""
-        if self.family is None or layer is None:
-            return []
-        within = f"{self.family.blocks}.{layer}."
-        found = [(path, block) for path, block in self.blocks.items() if path.startswith(within)]
-        return [(path, block) for path, block in found if "@" not in path and block.layers is None]
-
-    def _chunk(self, chunk: Chunk | None) -> Chunk | None:
-        """Names of sizes become numbers."""
-        if chunk is None or isinstance(chunk[1], int):
-            return chunk
-        sizes = [self.dims.size(share) if isinstance(share, str) else share for share in chunk[1]]
-        if None in sizes:
-            raise SiteError(f"{self.name} is split by {chunk[1]}, of which this model has no size")
-        return chunk[0], tuple(size for size in sizes if size is not None)
+        return replace(reach, path=join(path, reach.path))
 
     @cached_property
     def names(self) -> dict[str, Site]:
@@ -176,7 +122,7 @@ class FamilyTable:
         stem, _, layer = name.rpartition(".")
         known = [site for key, site in self.names.items() if key.rpartition(".")[0] == stem]
         if layer.isdigit() and any(site.layer is not None for site in known):
-            have = _spans([site.layer for site in known if site.layer is not None])
+            have = spans([site.layer for site in known if site.layer is not None])
             raise SiteError(f"no layer {layer} in {name!r}: layers with {stem}: {have}")
         raise unknown("site", name, [*self.names, *self.modules], error=SiteError)
 
@@ -203,7 +149,7 @@ class FamilyTable:
         if found is None:
             have = [layer for layer in range(self.dims.n_layers or 0) if self._found(site.part, layer)]
             if have:
-                raise SiteError(f"no {site}: layers with {site.part}: {_spans(have)}")
+                raise SiteError(f"no {site}: layers with {site.part}: {spans(have)}")
             raise unknown("site", str(site), self.names or self.modules, error=SiteError)
         return found
 
@@ -213,7 +159,7 @@ class FamilyTable:
                 raise unknown("site", str(site), self.names, error=SiteError)
             reach, path = self.blocks[path].parts[site.part], path.partition("@")[0]
             nth = reach.nth + reach.stride * (site.layer or 0)
-            return replace(reach, path=_join(path, reach.path), nth=nth)
+            return replace(reach, path=join(path, reach.path), nth=nth)
         side: Side = "input" if path.endswith("@input") else "output"
         path = path.removesuffix("@input")
         if path not in self.modules:
@@ -228,53 +174,6 @@ class FamilyTable:
         """Axis names of a site in this model."""
         return self.reach(site).axes or site.info.axes
 
-    def weight(self, name: str, layer: int | None = None) -> Tensor:
-        """A weight in `x @ W` orientation; `W_O` as (head, d_head, d_model), those of experts as (expert, d_in, d_out).
-
-        A view, not a copy.
-        """
-        spec = self._weight(name, layer)
-        tensor = self.module.get_parameter(spec.path.format(layer=layer))
-        tensor = self._piece(spec, tensor.mT if spec.transpose else tensor)
-        if spec.heads:
-            n_heads = getattr(self.dims, spec.heads)
-            tensor = tensor.unflatten(0, (n_heads, tensor.shape[0] // n_heads))
-        return tensor
-
-    def has_weight(self, name: str, layer: int | None = None) -> bool:
-        """Whether this layer (or the model) has the weight."""
-        return self._found_weight(name, layer) is not None
-
-    def first_weight(self, name: str) -> Tensor | None:
-        """The weight of the first layer that has it."""
-        layers = (layer for layer in range(self.dims.n_layers or 0) if self.has_weight(name, layer))
-        return next((self.weight(name, layer) for layer in layers), None)
-
-    def _found_weight(self, name: str, layer: int | None) -> Weight | None:
-        specs = self.family.weights.get(name, ()) if self.family else ()
-        for spec in (specs,) if isinstance(specs, Weight) else specs:
-            if self._parameter(spec.path.format(layer=layer)) is not None:
-                return spec
-        blocks = self._blocks_of(layer) if specs else []
-        found = [(path, block.weights[name]) for path, block in blocks if name in block.weights]
-        return replace(found[0][1], path=_join(found[0][0], found[0][1].path)) if len(found) == 1 else None
-
-    def _weight(self, name: str, layer: int | None) -> Weight:
-        weights = self.family.weights if self.family else {}
-        if name not in weights:
-            raise unknown("weight", name, weights)
-        found = self._found_weight(name, layer)
-        if found is None:
-            have = [i for i in range(self.dims.n_layers or 0) if self.has_weight(name, i)]
-            raise SiteError(f"{name} needs a layer that has it, got {layer}; these have: {_spans(have)}")
-        return found
-
-    def _parameter(self, path: str) -> Tensor | None:
-        try:
-            return self.module.get_parameter(path)
-        except AttributeError:  # torch's way to say that there is none
-            return None
-
     def part_module(self, site: Site) -> nn.Module:
         """The module a rule of this site's family or block gets: the layer, or the block itself."""
         if site.path is not None:
@@ -282,36 +181,3 @@ class FamilyTable:
         if self.family is None or site.layer is None:
             return self.module
         return self.modules[f"{self.family.blocks}.{site.layer}"]
-
-    def bias(self, name: str, layer: int | None = None) -> Tensor | None:
-        """The bias that goes with a weight; `None` where there is none."""
-        spec = self._weight(name, layer)
-        path = (spec.bias or spec.path).format(layer=layer)
-        if not spec.bias:
-            path = f"{path.removesuffix('.weight')}.bias" if path.endswith(".weight") else path.replace("W_", "b_")
-        bias = self._parameter(path) if spec.bias or path != spec.path.format(layer=layer) else None
-        return None if bias is None else self._piece(spec, bias)
-
-    def _piece(self, spec: Weight, tensor: Tensor) -> Tensor:
-        """The columns of a weight that is part of a fused one."""
-        chunk = self._chunk(spec.chunk)
-        if chunk is None:
-            return tensor
-        if spec.interleaved and isinstance(chunk[1], int):
-            return tensor[..., chunk[0] :: chunk[1]]
-        return pieces(chunk, tensor)[chunk[0]]
-
-
-def _join(path: str, inner: str) -> str:
-    return ".".join(filter(None, (path, inner)))
-
-
-def _spans(layers: list[int]) -> str:
-    """`0-3, 5` for [0, 1, 2, 3, 5]."""
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans) or "none"
