@@ -23,19 +23,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from interp.core.errors import ArtefactError, SiteError
+from interp.dictionaries.base import rows
 from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.formats.orientation import fvu
 from interp.dictionaries.formats.plain import Hints
 from interp.dictionaries.formats.table import load_dictionary
-from interp.dictionaries.health_certificate import certify, identity, wide
+from interp.dictionaries.health_certificate import BLOCK, certify, identity, wide
 from interp.dictionaries.health_findings import (
+    L0_APART,
     Finding,
     Severity,
+    apart,
     by_certificate,
     by_gains,
     by_identity,
@@ -57,6 +61,7 @@ from interp.dictionaries.health_sample import (
     text_of,
 )
 from interp.dictionaries.health_variants import regained, variants
+from interp.dictionaries.metrics import evaluate
 from interp.dictionaries.saved import SavedDictionary
 from interp.instrument.tokens import TokenRecord
 from interp.models.model import LoadedModel
@@ -65,6 +70,10 @@ EXPLAINS = 0.9
 """Another reading explains a bad fit if it has less than this share of its FVU ..."""
 HINTS = 0.97
 """... and is worth a warning below this one."""
+DENSER = 1.5
+"""A reading with more active latents than this, relative to now, reconstructs better for that reason alone."""
+RESTORED = 1.25
+"""A reading restores the certificate's L0 within this factor."""
 PLAUSIBLE = 0.7
 """Gains fitted to the data help any dictionary; only with an FVU below this one, and half of what it was, do they say
 that norms were lost."""
@@ -119,7 +128,8 @@ def check(
     findings = [*by_certificate(certificate, measured), *([] if certificate else [no_certificate()])]
     gains = by_gains(certificate, measured)
     refused = any(finding.severity == "refuse" for finding in findings)
-    if not refused and (gains or not fits or not certificate):
+    sparse = not apart(certificate.get("l0"), measured["l0"], L0_APART)
+    if not refused and (gains or not fits or not sparse or not certificate):
         findings += _explained(dictionary, model, record, place, data, measured, saved, drop_norm)
     refused = any(finding.severity == "refuse" for finding in findings)
     if all(finding.code not in ("transposed", "unfolded-norms") for finding in findings):
@@ -164,27 +174,63 @@ def _explained(
     drop_norm: float,
 ) -> list[Finding]:
     """The mistake that explains the measured fit best, if one does."""
-    now = float(measured["fvu"])
+    certificate = saved.certificate or {}
+    now = _Reading(float(measured["fvu"]), float(measured["l0"]), "", "")
     x, y = data.x.to(dictionary.W_dec), data.y.to(dictionary.W_dec)
     found = [
-        (fvu(variant.dictionary, x, y), variant.code, variant.text)
-        for variant in variants(dictionary, x, y, float(measured["l0"]), saved.certificate)
+        _reading(variant.dictionary, x, y, variant.code, variant.text)
+        for variant in variants(dictionary, x, y, now.l0, saved.certificate)
     ]
     found += _elsewhere(dictionary, model, record, place, next_to(model, place), saved, drop_norm)
-    if not found or min(found)[0] > EXPLAINS * now:
+    if _best(found, now, certificate) is None:
         half = len(x) // 2
         other = regained(dictionary, x[:half], y[:half])
         if other is not None:  # judged on tokens that it was not fitted to
-            better = fvu(other.dictionary, x[half:], y[half:]) / max(fvu(dictionary, x[half:], y[half:]), 1e-12)
-            found += [(better * now, other.code, other.text)] if better < 0.5 and better * now < PLAUSIBLE else []
-    if (not found or min(found)[0] > EXPLAINS * now) and now > limit(saved.certificate or {}, same_text=False):
+            after = _reading(other.dictionary, x[half:], y[half:], other.code, other.text)
+            before = fvu(dictionary, x[half:], y[half:])
+            found += [after] if after.fvu < min(before / 2, PLAUSIBLE) else []
+    if _best(found, now, certificate) is None and now.fvu > limit(certificate, same_text=False):
         far = along_the_depth(model, place)
         found += _elsewhere(dictionary, model, record, place, far, saved, drop_norm)
-    if not found or min(found)[0] > min(HINTS * now, 1.0):
-        return []
-    best, code, text = min(found)
-    severity: Severity = "refuse" if best <= EXPLAINS * now else "warn"
-    return [Finding(code=code, severity=severity, message=f"{text}; FVU {best:.3f} instead of {now:.3f} at {place}")]
+    best = _best(found, now, certificate)
+    severity: Severity = "refuse"
+    if best is None:
+        best = min(found, key=lambda reading: reading.fvu, default=now)
+        severity = "warn"
+        if best.fvu > min(HINTS * now.fvu, 1.0) or best.l0 > DENSER * now.l0:
+            return []
+    numbers = f"FVU {best.fvu:.3f} and L0 {best.l0:.1f} instead of {now.fvu:.3f} and {now.l0:.1f} at {place}"
+    return [Finding(code=best.code, severity=severity, message=f"{best.text}; {numbers}")]
+
+
+class _Reading(NamedTuple):
+    """How well one reading does."""
+
+    fvu: float
+    l0: float
+    code: str
+    text: str
+
+
+def _reading(dictionary: SparseDictionary, x: Tensor, y: Tensor, code: str, text: str) -> _Reading:
+    found = evaluate(dictionary, zip(rows(x, BLOCK), rows(y, BLOCK), strict=True))
+    return _Reading(found.fvu, found.l0, code, text)
+
+
+def _best(found: Sequence[_Reading], now: _Reading, certificate: Mapping[str, Any]) -> _Reading | None:
+    """The reading that explains: one that restores the certificate's numbers, else one that does clearly better."""
+    restored = [
+        reading for reading in found
+        if "l0" in certificate and reading.fvu <= limit(certificate, same_text=False)
+        and not apart(certificate["l0"], reading.l0, RESTORED)
+    ]  # fmt: skip
+    if restored and (now.fvu > min(restored).fvu / EXPLAINS or apart(certificate["l0"], now.l0, L0_APART)):
+        return min(restored)
+    better = [
+        reading for reading in found
+        if reading.fvu <= min(EXPLAINS * now.fvu, 1.0) and reading.l0 <= DENSER * now.l0
+    ]  # fmt: skip
+    return min(better, default=None)
 
 
 def _elsewhere(
@@ -195,15 +241,15 @@ def _elsewhere(
     others: Sequence[Place],
     saved: SavedDictionary,
     drop_norm: float,
-) -> list[tuple[float, str, str]]:
-    """FVU at other places of the same widths, with the finding that each would be."""
+) -> list[_Reading]:
+    """How it does at other places of the same widths, with the finding that each would be."""
     named = saved.certificate or {}
     if named.get("site"):
         with suppress(SiteError):
             others = [*others, place_of(model, named["site"], named.get("target_site"))]
     own = same_point(place)
     others = [other for other in dict.fromkeys(same_point(other) for other in others) if other != own]
-    found: list[tuple[float, str, str]] = []
+    found: list[_Reading] = []
     for other, data in sample(model, record, others, drop_norm).items() if others else ():
         if (data.x.shape[1], data.y.shape[1]) != (dictionary.d_in, dictionary.d_out):
             continue
@@ -212,7 +258,7 @@ def _elsewhere(
         parts = (other.site.part, other.target.part) == (own.site.part, own.target.part)
         code = "wrong-layer" if parts and abs(step) == 1 else "wrong-site"
         text = f"it fits {other} better" + (", one layer off" if code == "wrong-layer" else "")
-        found.append((fvu(dictionary, x, y), code, text))
+        found.append(_reading(dictionary, x, y, code, text))
     return found
 
 

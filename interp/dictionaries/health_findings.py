@@ -20,6 +20,8 @@ from interp.models.model import LoadedModel
 
 SAME_TEXT, OTHER_TEXT = (1.05, 0.01), (1.5, 0.05)
 """FVU may exceed the certified one by this factor and this much, on the certificate's own text and on another."""
+L0_APART = 1.5
+"""L0 may differ from the certified one by this factor; texts differ, mistakes change it by more."""
 
 Severity = Literal["refuse", "warn", "note"]
 
@@ -47,10 +49,10 @@ def by_certificate(certificate: Mapping[str, Any], measured: Mapping[str, Any]) 
         code = "relu-for-topk" if now == "relu" else "changed"
         message = f"it was trained with {was}, and is read with {now} (L0 {measured['l0']:.1f})"
         found.append(Finding(code=code, severity="refuse", message=message))
-    elif _apart(certificate.get("l0"), measured["l0"], 1.5):
+    elif apart(certificate.get("l0"), measured["l0"], L0_APART):
         message = f"L0 is {measured['l0']:.1f}, and was {certificate['l0']:.1f} when it was trained"
         found.append(Finding(code="changed", severity="warn", message=message))
-    if _apart(certificate.get("mean_norm_in"), measured["mean_norm_in"], 1.25):
+    if apart(certificate.get("mean_norm_in"), measured["mean_norm_in"], 1.25):
         message = (
             f"inputs have norm {measured['mean_norm_in']:.3g}, and had {certificate['mean_norm_in']:.3g} when it was "
             "trained: another site, or a model whose weights were processed"
@@ -62,7 +64,7 @@ def by_certificate(certificate: Mapping[str, Any], measured: Mapping[str, Any]) 
 def by_gains(certificate: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Finding]:
     """Were norms folded on one side only? |e_i| |d_i| stays as it was where they were folded on both."""
     gains = certificate.get("row_gains")
-    if gains is None or not any(_apart(a, b, 1.03) for a, b in zip(gains, measured["row_gains"], strict=True)):
+    if gains is None or not any(apart(a, b, 1.03) for a, b in zip(gains, measured["row_gains"], strict=True)):
         return []
     message = (
         f"|e_i| |d_i| is {measured['row_gains'][MEDIAN]:.3g} in the median, and was {gains[MEDIAN]:.3g} when it was "
@@ -112,8 +114,8 @@ def does_not_fit(measured: Mapping[str, Any], certificate: Mapping[str, Any], hi
     """Nothing explains the fit."""
     was = f"it was {certificate['fvu']:.3f} when it was trained" if "fvu" in certificate else "the mean alone has 1"
     message = (
-        f"FVU is {measured['fvu']:.3f} and {was} (limit {highest:.3f}); no site, orientation, normalisation or selection "
-        "that was tried explains it: another model, or other weights"
+        f"FVU is {measured['fvu']:.3f} and {was} (limit {highest:.3f}); no site, orientation, normalisation or "
+        "selection that was tried explains it: another model, or other weights"
     )
     return Finding(code="does-not-fit", severity="refuse", message=message)
 
@@ -130,7 +132,8 @@ def _family(kind: str) -> str:
     return families.get(kind, kind)
 
 
-def _apart(was: object, now: object, factor: float) -> bool:
+def apart(was: object, now: object, factor: float) -> bool:
+    """Whether two positive numbers differ by more than a factor; False where one is missing."""
     if not isinstance(was, int | float) or not isinstance(now, int | float) or min(was, now) <= 0:
         return False
     return max(was / now, now / was) > factor
