@@ -30,7 +30,6 @@ import torch
 
 from interp.core.errors import ArtefactError, InterpError
 from interp.core.progress import track
-from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.saved import SavedDictionary, save
 from interp.dictionaries.train import Diverged
 from interp.dictionaries.training import checkpoint
@@ -43,7 +42,7 @@ from interp.dictionaries.training.watch import Row, Tick, Watcher
 from interp.instrument.store_ranks import locked
 
 RUN, CHECKPOINTS, DICTIONARIES = "run.json", "checkpoints", "dictionaries"
-Certify = Callable[[Job, SparseDictionary], Mapping[str, Any] | None]
+Certify = Callable[[SavedDictionary], SavedDictionary]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ def train(
 
     resume: go on with what is in the folder, or begin where there is nothing.
     about: what the saved dictionaries say beside site, config and tokens: model, weight_hash, source.
-    certify: the statistics that are saved with a dictionary.
+    certify: adds to a dictionary the statistics that are saved with it.
     """
     check_jobs(jobs)
     folder, cfg, team = Path(folder), cfg or RunConfig(), team or Team()
@@ -253,8 +252,8 @@ class _Run:
                     "config": job.described()["config"],
                     "n_tokens": trainee.stepper.n_tokens,
                 }
-                certificate = None if certify is None else certify(job, dictionary)
-                save(SavedDictionary(dictionary=dictionary, about=told, certificate=certificate), made[job.name])
+                made_now = SavedDictionary(dictionary=dictionary, about=told)
+                save(made_now if certify is None else certify(made_now), made[job.name])
         self.team.barrier()
         return made
 

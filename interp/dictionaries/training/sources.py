@@ -173,7 +173,8 @@ def allowed(
         keep &= ~first_of_rows(row, pos)
     if masks.drop_special and ids is not None and special_ids:
         keep &= ~torch.isin(ids, torch.tensor(list(special_ids)))
-    for site in sites if masks.drop_norm and bool(keep.any()) else ():
+    text = keep.clone()
+    for site in sites if masks.drop_norm and bool(text.any()) else ():
         norms = store.norms(site)
-        keep &= ordinary(norms[:, None], masks.drop_norm, median=float(norms[keep].median()))
+        keep &= ordinary(norms[:, None], masks.drop_norm, median=float(norms[text].median()))
     return keep

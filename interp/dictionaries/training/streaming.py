@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from torch.nn import functional as F
 
 from interp.core.errors import InterpError
 from interp.core.seed import torch_generator
+from interp.dictionaries.loss_gradients import inner_tokens, next_token_loss
 from interp.dictionaries.sinks import ordinary
 from interp.dictionaries.training.job import Batch, Job, gradient_key
 from interp.dictionaries.training.sources import Masks, check_part, first_of_rows
@@ -169,6 +169,8 @@ class ModelSource:
         """Activations of the tokens of one forward that the masks let through; norms only with limits."""
         found, rows = self._run(batch)
         keep = _text_mask(rows, batch, self.masks)
+        if self.gradients and batch.record is not None:  # the last token of a sequence has none
+            keep &= inner_tokens(batch.record)[rows.kept]
         for site, limit in limits.items():
             keep &= ordinary(found[site], self.masks.drop_norm, median=limit).cpu()
         index = keep.nonzero()[:, 0]
@@ -181,10 +183,7 @@ class ModelSource:
         if batch.record is None:
             raise InterpError("the gradient of the next-token loss needs an input of text")
         with torch.enable_grad(), capture(self.model, self.sites, grad=True) as acts:
-            logits = self.model(batch.record)
-            real = (batch.record.mask[:, 1:] & batch.record.mask[:, :-1]).to(logits.device)
-            target = batch.record.ids[:, 1:].to(logits.device)[real]
-            F.cross_entropy(logits[:, :-1][real].float(), target, reduction="sum").backward()
+            next_token_loss(self.model(batch.record), batch.record).backward()
         rows = Rows(batch, self.sites, acts)
         slopes = Rows(batch, self.gradients, {site: acts.grad(site) for site in self.gradients})
         found = {str(site): rows[site].flatten(1) for site in self.sites}
