@@ -39,6 +39,7 @@ def convert(
     target: Path | str,
     format: str,
     *,
+    source_format: str | None = None,
     hints: Hints | None = None,
     real: Float[Tensor, "n d_in"] | None = None,
     peers: bool = True,
@@ -48,7 +49,7 @@ def convert(
     if target.resolve() == source.resolve():
         raise InterpError(f"{target} is the source; choose another place for the result")
     _check_place(target, chosen)
-    origin = recognise(source)
+    origin = recognise(source) if source_format is None else named(source_format)
     before = load_dictionary(source, origin.name, hints)
     room = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     try:
