@@ -6,7 +6,7 @@ Their JumpReLU is z 1[z > threshold] without a ReLU, so thresholds below 0 are r
 top-k dictionary would be run as a ReLU, and is refused. W_enc lies transposed to SAELens' files; where m = d its shape
 does not say so, the name of the format does. The certificate goes into the header of the file.
 Source: https://github.com/safety-research/circuit-tracer, transcoder/single_layer_transcoder.py. A cross-layer
-transcoder has files of its own, `W_enc_<i>.safetensors`.
+transcoder has files of its own (`formats.cross_layer`).
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _own(path: Path) -> dict[str, Any]:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    own, config = _own(path), _config(path.parent)
+    own, config = _own(path), read_config(path.parent)
     number = LAYER.fullmatch(path.name)
     about: dict[str, Any] = {
         "source": "circuit-tracer transcoder",
@@ -180,7 +180,8 @@ def _about(path: Path) -> dict[str, Any]:
     return {name: value for name, value in about.items() if value is not None}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.yaml` of a folder; empty without one."""
     if not (folder / CONFIG).is_file():
         return {}
     try:

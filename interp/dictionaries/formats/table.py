@@ -110,7 +110,7 @@ def recognise(path: Path | str) -> Format:
     if found:
         raise ArtefactError(f"{path} could be {' or '.join(item.name for item in found)}; say which with format=")
     if path.is_dir() and circuit_tracer.is_cross_layer(path):
-        raise ArtefactError(f"{path} is a cross-layer transcoder, which is no single dictionary")
+        raise ArtefactError(f"{path} is a cross-layer transcoder: formats.cross_layer.read_clt reads it")
     if path.is_dir() and (below := sparsify.coders(path)):
         raise ArtefactError(f"{path} is a sparsify run; name one of its coders: {', '.join(below)}")
     known = "; ".join(f"{item.name}: {item.layout}" for item in FORMATS.values())
