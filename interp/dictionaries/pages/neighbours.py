@@ -47,13 +47,14 @@ def nearest(
 ) -> Ranked:
     """Largest cosines; `leave_out` names one of the others for each row, itself."""
     unit = F.normalize(rows.float(), dim=1)
-    best = Ranked(values=unit.new_full((len(rows), 0), 0.0), indices=torch.zeros(len(rows), 0, dtype=torch.int64))
+    best = Ranked(values=torch.zeros(len(rows), 0), indices=torch.zeros(len(rows), 0, dtype=torch.int64))
     for start in range(0, len(others), ROWS):
         part = others[start : start + ROWS].to(unit)
         cosines = unit @ F.normalize(part, dim=1).T
         if leave_out is not None:
             inside = (leave_out >= start) & (leave_out < start + len(part))
-            cosines[inside.nonzero()[:, 0], leave_out[inside] - start] = -math.inf
+            places = inside.nonzero()[:, 0], leave_out[inside] - start
+            cosines[tuple(place.to(cosines.device) for place in places)] = -math.inf
         best = _merged(best, cosines, start, n)
     return best
 
@@ -114,17 +115,18 @@ def neighbours_of(
     n: int,
 ) -> list[Neighbours]:
     """One value per latent; `nulls` are their stand-ins, -1 for none."""
-    own, others = torch.from_numpy(latents), features.cpu().float()
-    rows = others[own]
-    similar = nearest(rows, others, n, leave_out=own)
+    own = torch.from_numpy(latents)
+    rows = features[own.to(features.device)].float()
+    similar = nearest(rows, features, n, leave_out=own)
     r = torch.from_numpy(tally.correlations(latents))
     r_null, cosines = tally.correlations(np.where(nulls >= 0, nulls, latents)), tally.cosines(latents)
     r[torch.arange(len(own)), own] = -math.inf
     together = r.topk(min(n, r.shape[1]), dim=1)
-    coordinates, sizes = rows.topk(min(3, rows.shape[1]), dim=1), rows.abs().sum(1)
+    coordinates, sizes = rows.topk(min(3, rows.shape[1]), dim=1), rows.abs().sum(1).tolist()
     found: list[Neighbours] = []
     for i, null in enumerate(nulls.tolist()):
-        beside = F.cosine_similarity(others[null], others[similar.indices[i]], dim=-1).tolist()
+        others = features[similar.indices[i].to(features.device)].float()
+        beside = F.cosine_similarity(features[null].float(), others, dim=-1).tolist()
         near = _latents(similar.indices[i].tolist(), similar.values[i].tolist(), beside, null)
         beside = r_null[i, together.indices[i].numpy()].tolist()
         firing = _latents(together.indices[i].tolist(), together.values[i].tolist(), beside, null)
@@ -136,7 +138,7 @@ def neighbours_of(
                 ),
                 neurons=neurons[i] if null >= 0 else tuple(replace(item, null=None) for item in neurons[i]),
                 coordinates=tuple(
-                    (int(j), float(v), abs(float(v)) / float(sizes[i]) if sizes[i] else 0.0)
+                    (int(j), float(v), abs(float(v)) / sizes[i] if sizes[i] else 0.0)
                     for j, v in zip(coordinates.indices[i], coordinates.values[i], strict=True)
                 ),
             )

@@ -74,6 +74,18 @@ def test_histogram_of_one_value_is_its_last_bin(pages: dict[int, FeaturePage]) -
     assert histogram.edges[-1] == 2.0
 
 
+def test_an_edge_belongs_to_the_bin_below_it(record: TokenRecord) -> None:
+    dictionary = planted.dictionary()
+    dictionary.table[B, 0] = 1.0  # half of the largest value
+    with Pages(planted.model(), dictionary, record, planted.SITE, dataclasses.replace(CFG, n_ablated=0)) as made:
+        page = next(iter(made))
+    ids = record.ids[counted(record)]
+    expected = [0] * 10
+    expected[4], expected[9] = int((ids == B).sum()), int((ids == A).sum())
+    assert page.histogram.counts == tuple(expected)
+    assert {(e.group, e.ids[e.at]) for e in page.examples if e.group >= 0} == {(2, B), (4, A)}
+
+
 def test_the_commonest_token_and_its_share(pages: dict[int, FeaturePage], record: TokenRecord) -> None:
     assert pages[0].common is not None
     assert (pages[0].common.id, pages[0].common.text, pages[0].common.value) == (A, "a", 1.0)
