@@ -242,7 +242,9 @@ def _tensors(sae: SparseDictionary) -> dict[str, LabelledTensor]:
         "scale_in": (), "scale_out": (),
     }  # fmt: skip
     return {
-        name: LabelledTensor(values=value.detach().cpu().contiguous(), axes=axes.get(name, ("latent",) * value.ndim))
+        name: LabelledTensor(
+            values=value.detach().cpu().contiguous(), axes=axes[name] if name in axes else ("latent",) * value.ndim
+        )
         for name, value in sae.state_dict().items()
     }
 
