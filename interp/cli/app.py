@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from interp.cli import bench, capture, demo, doctor, models, run, runs
+from interp.cli import bench, capture, demo, doctor, models, run, runs, sae
 
 HELP = """
 [bold]interp[/bold]: open a model, find what happens inside, test the explanation, replay it.
@@ -76,4 +76,5 @@ models.register(app)
 run.register(app)
 runs.register(app)
 capture.register(app)
+sae.register(app)
 bench.register(app)

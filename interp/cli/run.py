@@ -1,4 +1,4 @@
-"""`interp run METHOD` and the verbs that are short for it: `patch`, `sae train`, `steer sweep`, `steer extract`.
+"""`interp run METHOD` and the verbs that are short for it: `patch`, `steer sweep`, `steer extract`.
 
 The flags of a method are the fields of its config, found through its SPEC: a new method needs no change here.
 """
@@ -43,9 +43,6 @@ class Job:
 def register(app: typer.Typer) -> None:
     method_command(app, "run", None, "Run a method and save what it found: interp run METHOD [FLAGS].")
     method_command(app, "patch", "patching", "Activation patching (short for: run patching).")
-    sae = typer.Typer(help="Sparse autoencoders: train one and hold it against its controls.", no_args_is_help=True)
-    method_command(sae, "train", "sae", "Train and evaluate a sparse autoencoder (short for: run sae).")
-    app.add_typer(sae, name="sae", rich_help_panel=PANEL)
     steering = typer.Typer(help="Steering vectors: build one, or sweep layers and strengths.", no_args_is_help=True)
     method_command(steering, "sweep", "steering", "Layer by strength sweep, with controls (short for: run steering).")
     steer.register(steering)

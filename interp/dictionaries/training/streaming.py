@@ -97,6 +97,10 @@ class ModelSource:
                 break
         return {key: value[:n] for key, value in _joined(parts).items()}
 
+    def captured(self, number: int) -> Batch:
+        """The tokens of one input batch that the masks on text let through."""
+        return self._kept(self.batches.batch(number), {})
+
     def state(self) -> dict[str, Any]:
         return {"block": self.block, "offset": self.offset, "limits": self.limits}
 

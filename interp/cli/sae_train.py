@@ -1,0 +1,236 @@
+"""`interp sae train` and `interp plan sae`: one or many dictionaries, from a store or straight from the model.
+
+Under torchrun (`torchrun --nproc-per-node 2 -m interp.cli sae train ...`) processes share the tokens, the latents of
+one dictionary, or the dictionaries of a sweep (`--parallel data|width|jobs`); the first one talks, and a worker that is
+restarted goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from interp.cli import console, options, sae_watch
+from interp.cli.run import new_folder
+from interp.cli.sae_job import SaeJob
+from interp.cli.sae_options import show_help, understand
+from interp.core.errors import InterpError
+
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep", metavar="FIELD=V,V", help="Train every combination in one pass: k=16,32, site=..., seed=..."
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or begin it.")]
+Force = Annotated[bool, typer.Option("--force", help="Start although the plan says that it will not fit.")]
+Help = Annotated[bool, typer.Option("--help", "-h", help="Show the flags and stop.")]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Plan for so many processes under torchrun.")]
+OutRun = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the run. [default: runs/sae-TIME]")
+]
+
+
+def train(
+    context: typer.Context,
+    model: options.Model = options.DEFAULT_MODEL,
+    sweep: Sweep = None,
+    sets: options.Set = None,
+    config: options.Config = None,
+    out: OutRun = None,
+    resume: Resume = False,
+    force: Force = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
+    help_: Help = False,
+) -> None:
+    """Train sparse autoencoders, transcoders or crosscoders. Killed, a run goes on with --resume, bit for bit."""
+    if help_:
+        show_help(context)
+        return
+    asked = understand(context.args, sets or (), config, sweep or ())
+    folder = out or new_folder("sae")
+    with _processes(device) as (ranks, place), _quiet_unless(ranks.rank == 0):
+        with console.progress() as steps:
+            job = SaeJob(asked, model, place, dtype)
+            job.open(steps)
+            if not force and not resume:
+                with steps.step("trying two steps"):
+                    _agreed(ranks, lambda: job.plan(folder, ranks.world).check())
+        try:
+            made = _run(job, folder, ranks, resume)
+        except KeyboardInterrupt:
+            sys.stderr.write(f"stopped; --resume --out {folder} goes on where it was\n")
+            raise
+        if ranks.rank == 0:
+            _say(folder, made, as_json)
+
+
+def plan(
+    context: typer.Context,
+    model: options.Model = options.DEFAULT_MODEL,
+    sweep: Sweep = None,
+    sets: options.Set = None,
+    config: options.Config = None,
+    out: OutRun = None,
+    processes: Processes = 1,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
+    help_: Help = False,
+) -> None:
+    """Tokens, memory, disk and time of a training run, by trying two steps (exit status 1: will not fit)."""
+    if help_:
+        show_help(context)
+        return
+    asked = understand(context.args, sets or (), config, sweep or ())
+    with console.progress() as steps:
+        job = SaeJob(asked, model, device, dtype)
+        job.open(steps)
+        with steps.step("trying two steps"):
+            made = job.plan(out or Path("runs"), processes)
+    if as_json:
+        console.emit_json({**asdict(made), "fits": not made.refusals})
+    else:
+        _say_plan(made)
+    if made.refusals:
+        raise typer.Exit(1)
+
+
+def _run(job: SaeJob, folder: Path, ranks: Any, resume: bool) -> dict[str, Path]:
+    """Train; where each dictionary lies."""
+    from interp.dictionaries.training.run import DICTIONARIES, train, train_each
+
+    data = job.asked.data
+    with ExitStack() as stack:
+        watchers: list[Any] = []
+        if ranks.rank == 0:
+            watchers.append(stack.enter_context(sae_watch.watching()))
+            if data.wandb:
+                described = {"jobs": [one.described() for one in job.jobs], **job.about()}
+                watchers.append(sae_watch.WandbWatch(data.wandb, described, job.jobs[0].config.log_every))
+            stack.callback(sae_watch.close_all, watchers)
+        given: dict[str, Any] = {
+            "device": job.device, "resume": resume, "watchers": watchers, "about": job.about(), "certify": job.certify,
+        }  # fmt: skip
+        if data.parallel == "jobs" and ranks.world > 1:
+            each = train_each(
+                job.jobs, lambda one: job.make_source([one], (0, 1)), folder, job.run_config(),
+                rank=ranks.rank, world=ranks.world, **given,
+            )  # fmt: skip
+            ranks.barrier()
+            return each | {one.name: folder / one.name / DICTIONARIES / one.name for one in job.jobs}
+        team = _team(data.parallel, ranks)
+        return train(job.jobs, job.make_source(job.jobs, team.part), folder, job.run_config(), team=team, **given)
+
+
+def _team(parallel: str, ranks: Any) -> Any:
+    from interp.dictionaries.training.parallel import DataParallel, Team
+
+    if ranks.world == 1:
+        return Team()
+    if parallel == "width":
+        from interp.dictionaries.training.sharded import WidthSharded
+
+        return WidthSharded()
+    return DataParallel()
+
+
+@contextmanager
+def _processes(device: str) -> Generator[tuple[Any, str], None, None]:
+    """This process among those that torchrun started, and the device it takes."""
+    from interp.instrument.store_ranks import Ranks, joined
+
+    several = Ranks.current().world > 1
+    place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if several and device == "cuda" else device
+    if place.startswith("cuda:"):
+        import torch
+
+        torch.cuda.set_device(options.check_device(place))
+    with joined("nccl" if place.startswith("cuda") else "gloo") as ranks:
+        yield ranks, place
+
+
+def _agreed(ranks: Any, check: Callable[[], object]) -> None:
+    """The first process checks; where it refuses, all end, and only it says why."""
+    refused: InterpError | None = None
+    if ranks.rank == 0:
+        try:
+            check()
+        except InterpError as error:
+            refused = error
+    if ranks.world > 1 and _team("data", ranks).agreed(refused is not None) and refused is None:
+        raise typer.Exit(2)
+    if refused is not None:
+        raise refused
+
+
+@contextmanager
+def _quiet_unless(speaks: bool) -> Generator[None, None, None]:
+    """Only one process reports progress."""
+    if speaks:
+        yield
+        return
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    with redirect_stderr(StringIO()):
+        yield
+
+
+def _say(folder: Path, made: dict[str, Path], as_json: bool) -> None:
+    """What came out, and how good it was in its last batch."""
+    from interp.dictionaries.saved import load
+    from interp.dictionaries.training.journal import LOG, rows
+
+    facts: dict[str, Any] = {}
+    for name, path in made.items():
+        log = [row for place in (folder, folder / name) for row in rows(place / LOG) if row["job"] == name]
+        last = {key: log[-1][key] for key in ("loss", "fvu", "l0", "dead_fraction", "tokens")} if log else {}
+        facts[name] = {"path": path.as_posix(), **last, "certificate": load(path).certificate}
+    if as_json:
+        console.emit_json({"run": folder.as_posix(), "dictionaries": facts})
+        return
+    cells = [
+        (name, f"{f['loss']:.4g}", f"{f['fvu']:.4f}", f"{f['l0']:.1f}", f"{f['dead_fraction']:.1%}", f"{f['tokens']:,}")
+        for name, f in facts.items()
+    ]
+    columns = ("dictionary", "loss", "FVU", "L0", "dead", "tokens")
+    console.table("Last batch of each", columns, cells, right=columns[1:])
+    for name in facts:
+        console.line(f"saved  {facts[name]['path']}")
+    console.line(f"log    {(folder / LOG).as_posix()}")
+
+
+def _say_plan(plan: Any) -> None:
+    from interp.instrument.plan import size_text
+
+    state = plan.parameter_bytes + plan.gradient_bytes + plan.moment_bytes
+    parts = [
+        f"{size_text(plan.parameter_bytes)} parameters", f"{size_text(plan.gradient_bytes)} gradients",
+        f"{size_text(plan.moment_bytes)} moments",
+    ]  # fmt: skip
+    table = [
+        ("dictionaries", plan.n_jobs, f"{plan.n_parameters:,} parameters"),
+        ("tokens", f"{plan.n_tokens:,}", f"in {plan.n_steps:,} steps"),
+        ("memory", size_text(plan.memory_bytes), f"of {size_text(plan.memory_free)}, for each process"),
+        ("  state", size_text(state), ", ".join(parts)),
+        ("  workspace", size_text(plan.workspace_bytes), "pre-activations"),
+        ("  stream", size_text(plan.stream_bytes), "tokens being shuffled, and the sample of the start"),
+        ("  held", size_text(plan.held_bytes), "the model and the program"),
+        ("disk", size_text(plan.disk_bytes), f"of {size_text(plan.disk_free)} free: checkpoints and dictionaries"),
+    ]
+    if plan.seconds is not None:
+        took = f"{plan.seconds:.1f} s" if plan.seconds < 600 else f"{plan.seconds / 3600:.1f} h"
+        table.append(("time", took, f"at {plan.tokens_per_second:,.0f} tokens/s, from two steps"))
+    console.table("", ("", "", ""), table, right=())
+    for reason in plan.refusals:
+        console.line(f"will not fit: {reason}", "bold red")
