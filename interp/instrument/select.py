@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.core.errors import InterpError
-from interp.core.sites import Site
+from interp.core.sites import PARTS, Site
 from interp.models.calls import Call
 from interp.models.model import LoadedModel
 
@@ -38,9 +38,15 @@ At = None | SupportsIndex | Sequence[SupportsIndex] | Tensor | Last
 Scope = Literal["prompt", "new", "all"]
 
 
+_AXES = {
+    part: next((i for i, axis in enumerate(info.axes) if axis in ("pos", "query")), None)
+    for part, info in PARTS.items()
+}
+
+
 def position_axis(site: Site) -> int | None:
     """Which axis counts token positions (queries, for scores and patterns); `None` for a module path."""
-    return next((i for i, axis in enumerate(site.info.axes) if axis in ("pos", "query")), None)
+    return _AXES[site.part]
 
 
 def check_scope(scope: str) -> None:

@@ -29,7 +29,7 @@ from interp.models.inside import OpCall, OpScope
 from interp.models.parameters import shadow
 from interp.models.replays import Watcher, into_graph, replayed
 from interp.models.table import FamilyTable
-from interp.models.views import Arguments, Frame, check_same, read, replaced, view_of, write
+from interp.models.views import Arguments, Frame, check_same, read, replaced, select, view_of, write
 
 Writer = Callable[[Tensor], Tensor]
 Reader = Callable[[Tensor, Tensor], None]
@@ -154,7 +154,8 @@ class HookHub:
         self._one_thread()
         name = reach.item if reach.side == "parameter" else None
         key = (self.table.canonical(reach.path), reach.side, reach.op, reach.nth, reach.of, reach.replay, name)
-        if key not in self._places:
+        place = self._places.get(key)
+        if place is None:
             place = _Place(key)
             place.remove = self._install(place, reach)
             self._places[key] = place
@@ -163,10 +164,10 @@ class HookHub:
                 self.module.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
                 self.module.register_forward_hook(lambda *_: self.abort(), always_call=True),
             ]
-        return self._places[key]
+        return place
 
     def _install(self, place: _Place, reach: Reach) -> Callable[[], None]:
-        module = self.table.module.get_submodule(reach.path)
+        module = self.table.at(reach.path)
         if reach.side == "attention":
             return tap(module, lambda call, output: self._attend(place, call, output))
         if reach.side == "op":
@@ -230,9 +231,14 @@ class HookHub:
         The stream comes first: where a sublayer reads it without a norm, its input is the stream as edited.
         """
         original = value
-        stream = {entry.reach.carry is not None for entry in (*place.writers, *place.readers)}
-        for carried in sorted(stream, reverse=True):
-            value = self._run(place, module, value, carried=carried)
+        if not place.writers and len(place.readers) == 1 and place.readers[0].as_it_is:  # few steps: it is often here
+            entry = place.readers[0]
+            raw = value if isinstance(value, Tensor) else select(entry.reach, value)
+            entry.act(raw, raw)
+        else:
+            stream = {entry.reach.carry is not None for entry in (*place.writers, *place.readers)}
+            for carried in sorted(stream, reverse=True):
+                value = self._run(place, module, value, carried=carried)
         self.stop_if_done()
         if value is original:
             return None

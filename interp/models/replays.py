@@ -9,7 +9,7 @@ edits. With gradients, the output keeps its bits and gets the replay's graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,13 @@ class Watcher:
     heads: Sequence[int] | None = None
     grad: bool = False
     later: Callable[[Later], None] | None = None
+    as_it_is: bool = field(init=False)
+    """Whether the site's view is the tensor itself."""
+
+    def __post_init__(self) -> None:
+        reach = self.reach
+        cut = reach.view or reach.flat or reach.recent or reach.chunk or reach.heads or reach.head_major or reach.whole
+        self.as_it_is = not cut and self.heads is None and not self.grad
 
     def means(self, part: Part, layer: int | None, branch: str) -> bool:
         """Whether a value that a replay shows is this site's."""

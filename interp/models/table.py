@@ -128,9 +128,10 @@ class FamilyTable(Layout):
 
     def reach(self, site: Site) -> Reach:
         """Where to hook: the module path with the layer filled in."""
-        if site not in self._reached:
-            self._reached[site] = self._reach(site)
-        return self._reached[site]
+        found = self._reached.get(site)
+        if found is None:
+            found = self._reached[site] = self._reach(site)
+        return found
 
     @cached_property
     def _reached(self) -> dict[Site, Reach]:

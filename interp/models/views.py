@@ -45,7 +45,7 @@ def read(frame: Frame, value: Any) -> tuple[Tensor, Tensor]:
         whole = reach.view.read(frame.module, value)
         whole = _batched(frame, whole)
         return whole, whole
-    raw = _select(reach, value)
+    raw = select(reach, value)
     return view_of(frame, raw), raw
 
 
@@ -83,7 +83,7 @@ def write(frame: Frame, value: Any, new: Tensor) -> Any:
     reach = frame.reach
     if reach.whole and reach.view:
         return reach.view.write(frame.module, value, new.flatten(0, 1) if reach.flat and new.ndim > 1 else new)
-    raw = _select(reach, value)
+    raw = select(reach, value)
     return _insert(reach, value, _written(frame, raw, new))
 
 
@@ -122,7 +122,7 @@ def _batched(frame: Frame, x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, frame.reach.folded)) if isinstance(frame.reach.folded, int) else x
 
 
-def _select(reach: Reach, value: Any) -> Tensor:
+def select(reach: Reach, value: Any) -> Tensor:
     """The tensor that is meant: an argument or entry by name or number, or the first one there is."""
     if isinstance(value, Tensor):
         return value
