@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from interp.core.errors import InterpError
@@ -79,21 +78,3 @@ def bridge(read: Site, write: Site, dictionary: Dictionary) -> Bridge:
         return dictionary.decode(dictionary.encode(xs[0]))
 
     return Bridge(reads=(read,), writes=(write,), write=function, label=f"splice {type(dictionary).__name__}")
-
-
-def linear_map(
-    x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"], *, ridge: float = 1e-2
-) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, "d_out"]]:
-    """W and b of the ridge regression y = x W + b, in float64; `ridge` is relative to the mean variance of x."""
-    if len(x) != len(y) or len(x) < 2:
-        raise InterpError(f"a linear map needs at least 2 pairs, got {len(x)} inputs and {len(y)} targets")
-    mean_x, mean_y = x.double().mean(0), y.double().mean(0)
-    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    cross = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
-    for part, target in zip(x.split(8192), y.split(8192), strict=True):
-        centred = part.double() - mean_x
-        gram.addmm_(centred.T, centred)
-        cross.addmm_(centred.T, target.double() - mean_y)
-    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-300))
-    weights = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
-    return weights.to(x.dtype), (mean_y - mean_x @ weights).to(x.dtype)

@@ -32,7 +32,7 @@ from interp.models.model import LoadedModel
 
 POOL = 32
 """Sequences whose tokens are mixed before batches are cut."""
-PER_FORWARD = 4
+PER_PASS = 4
 """Sequences of one forward and backward pass."""
 
 
@@ -115,7 +115,7 @@ def gradient_batches(
         for pool in order.split(POOL):
             parts = [
                 loss_gradients(model, record.rows(rows.tolist()), source, target, chosen[rows])
-                for rows in pool.split(PER_FORWARD)
+                for rows in pool.split(PER_PASS)
                 if bool(chosen[rows].any())
             ]
             mixed = joined(parts if waiting is None else [waiting, *parts])
