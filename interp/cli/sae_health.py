@@ -49,12 +49,15 @@ def health(
     as_json: options.Json = False,
 ) -> None:
     """Measure a dictionary on a model and name what is wrong with it. (exit status 1 if it should not be used)"""
-    from interp.dictionaries.formats.table import load_dictionary, recognise, save_dictionary
+    from interp.dictionaries.formats.table import WRITABLE, load_dictionary, recognise, rewrite
     from interp.dictionaries.health import check
     from interp.dictionaries.health_certificate import certified
 
     open_points = sae_hints.hints(layer, class_, input_scale, activation, k, threshold, subtract_b_dec, turned)
     saved = load_dictionary(path, from_, open_points)
+    format_ = from_ or recognise(path).name
+    if certify and format_ not in WRITABLE:
+        raise InterpError(f"a certificate cannot be written into {format_} files; convert them first")
     source = model or saved.about.get("model")
     if not source:
         raise InterpError(f"{path.as_posix()} does not say which model it was trained on; pass --model")
@@ -67,7 +70,7 @@ def health(
             written = certify and found.healthy
             if written:
                 made = certified(saved, opened, text, site=site, target=target_site)
-                save_dictionary(made, saved.path or path, from_ or recognise(path).name)
+                rewrite(made, saved.path or path, format_)
     if as_json:
         findings = [vars(finding) for finding in found.findings]
         answer = {"dictionary": path.as_posix(), "model": opened.source, "healthy": found.healthy}

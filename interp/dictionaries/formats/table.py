@@ -12,6 +12,8 @@ A path that is none of them, or more than one, is an ArtefactError that says wha
 
 from __future__ import annotations
 
+import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +132,31 @@ def save_dictionary(saved: SavedDictionary, path: Path | str, format: str = "int
     if chosen.write is None:
         raise InterpError(f"{format} files are pickles and are only read here; write one of {', '.join(WRITABLE)}")
     return chosen.write(saved, Path(path))
+
+
+def rewrite(saved: SavedDictionary, path: Path | str, format: str) -> Path:
+    """Write again what was read from `path`, with what is now known about it; other files of a folder are kept."""
+    path = Path(path)
+    if not path.is_dir():
+        return save_dictionary(saved, path, format)
+    room = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        room.mkdir()
+        new = save_dictionary(saved, room / "new", format)
+        merged = shutil.copytree(path, room / "merged", symlinks=True)
+        for item in new.iterdir():
+            item.replace(merged / item.name)
+        path.rename(room / "old")
+        try:
+            merged.rename(path)
+        except OSError:
+            (room / "old").rename(path)
+            raise
+    except OSError as error:
+        raise ArtefactError(f"could not write {path}: {error}; free space") from error
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+    return path
 
 
 def named(name: str) -> Format:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from interp.core.errors import ArtefactError, InterpError
 from interp.dictionaries.formats.plain import Hints
-from interp.dictionaries.formats.table import FORMATS, WRITABLE, load_dictionary, recognise, save_dictionary
+from interp.dictionaries.formats.table import FORMATS, WRITABLE, load_dictionary, recognise, rewrite, save_dictionary
 from interp.dictionaries.saved import SavedDictionary
 
 PLACES = {"circuit-tracer": "layer_0.safetensors", "plain": "d.safetensors"}
@@ -90,3 +91,20 @@ def test_what_is_no_dictionary_is_refused_with_what_was_found(tmp_path, making):
     with pytest.raises(ArtefactError, match="cross-layer transcoder"):
         load_dictionary(clt)
     assert set(FORMATS) - set(WRITABLE) == {"dictionary_learning"}
+
+
+@pytest.mark.parametrize("format", WRITABLE)
+def test_writing_again_keeps_the_other_files(tmp_path, making, format):
+    ours = making.made("relu")
+    if format == "sparsify":
+        ours = making.made("topk")
+    saved = SavedDictionary(dictionary=ours, about={"site": "resid_post.1"})
+    path = save_dictionary(saved, tmp_path / PLACES.get(format, "d"), format)
+    if path.is_dir():
+        (path / "proof.json").write_text("{}")
+    found = load_dictionary(path)
+    rewrite(replace(found, certificate={"l0": 2.0}), path, format)
+    again, x = load_dictionary(path), making.noise(9, making.D, scale=4)
+    assert again.certificate == {"l0": 2.0} and [item.name for item in tmp_path.iterdir()] == [path.name]
+    torch.testing.assert_close(again.dictionary(x), ours(x), rtol=1e-5, atol=1e-5)
+    assert not path.is_dir() or (path / "proof.json").read_text() == "{}"
