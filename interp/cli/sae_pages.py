@@ -1,4 +1,7 @@
-"""`interp sae pages PATH`: what does each latent of a saved dictionary fire on, promote, and matter for?"""
+"""`interp sae pages PATH`: what does each latent of a saved dictionary fire on, promote, and matter for?
+
+`pages` is long because its signature is the list of flags.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from interp.core.errors import InterpError
 
 if TYPE_CHECKING:
     from interp.dictionaries.formats.neuronpedia import NeuronpediaExport
-    from interp.dictionaries.pages import FeaturePage
+    from interp.dictionaries.pages import FeaturePage, Pages
 
 DictionaryPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A saved dictionary: interp, SAELens, sparsify, circuit-tracer or plain.")
@@ -69,12 +72,10 @@ def pages(
     as_json: options.Json = False,
 ) -> None:
     """Write a folder of feature pages that opens in any browser, offline."""
-    from interp.dictionaries.formats.neuronpedia import NeuronpediaExport
     from interp.dictionaries.formats.neuronpedia import check_target as check_batches
     from interp.dictionaries.formats.table import load_dictionary
     from interp.dictionaries.pages import Pages, PagesConfig
     from interp.instrument.stream import RecordBatches
-    from interp.report.feature_pages import write_pages
     from interp.report.feature_pages.writer import check_target
     from interp.tasks.corpora import load_corpus
 
@@ -92,22 +93,11 @@ def pages(
             opened = options.open_model(whose, device, dtype)
         record = load_corpus(opened, corpus, -(-tokens // length), length, skip)
         with Pages(
-            opened,
-            saved.dictionary.to(opened.device),
-            RecordBatches(record, rows_per_forward),
-            where,
-            cfg,
-            write_site=target,
-            corpus=corpus,
-            name=path.name,
-            vectors=neuronpedia is not None,
-        ) as made:
+            opened, saved.dictionary.to(opened.device), RecordBatches(record, rows_per_forward), where, cfg,
+            write_site=target, corpus=corpus, name=path.name, vectors=neuronpedia is not None,
+        ) as made:  # fmt: skip
             overview = made.overview
-            if neuronpedia is None:
-                index = write_pages(folder, overview, made)
-            else:
-                with NeuronpediaExport(neuronpedia, overview, model_id=whose) as export:
-                    index = write_pages(folder, overview, _passed_on(made, export))
+            index = _write(folder, neuronpedia, whose, made)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if as_json:
         facts = {name: getattr(overview, name) for name in ("n_shown", "n_live", "n_rare", "n_dead", "n_counted")}
@@ -121,6 +111,17 @@ def pages(
     for note in filter(None, (overview.lens_warning, *overview.notes)):
         console.line(f"note: {note}")
     console.line(f"pages  {index.as_posix()} ({size / 1e6:.1f} MB)", "bold")
+
+
+def _write(folder: Path, batches: Path | None, model: str, made: Pages) -> Path:
+    """The pages, and Neuronpedia's batches where they are asked for, in one go."""
+    from interp.dictionaries.formats.neuronpedia import NeuronpediaExport
+    from interp.report.feature_pages import write_pages
+
+    if batches is None:
+        return write_pages(folder, made.overview, made)
+    with NeuronpediaExport(batches, made.overview, model_id=model) as export:
+        return write_pages(folder, made.overview, _passed_on(made, export))
 
 
 def wanted(text: str) -> Any:
@@ -143,7 +144,7 @@ def origin(about: Any, model: str | None, site: str | None, target: str | None) 
     return whose, where, target or (about.get("target_site") if site is None else None)
 
 
-def _passed_on(made: Iterator[FeaturePage] | Any, export: NeuronpediaExport) -> Iterator[FeaturePage]:
+def _passed_on(made: Pages, export: NeuronpediaExport) -> Iterator[FeaturePage]:
     """The pages, each also handed to the export."""
     for page in made:
         export.add(page)

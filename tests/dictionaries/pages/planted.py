@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from interp.core.seed import torch_generator
+from interp.dictionaries.activations.relu import ReLU
 from interp.dictionaries.codes import SparseCodes, from_dense
+from interp.dictionaries.dictionary import SparseDictionary
+from interp.instrument.capture import capture
 from interp.instrument.tokens import TokenRecord, from_ids
 from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
@@ -67,3 +70,21 @@ def dictionary() -> TokenDictionary:
     rows[1] = rows[0] + 0.01 * torch.randn(embedding.shape[1], generator=generator)
     a, b, c, d, *rest = (ord(word) for word in WORDS)
     return TokenDictionary(embedding, [{a}, {b}, {a}, {c, d}, {0}, set(rest)], rows, [2.0, 1.0, 0.5, 1.5, 1.0, 0.25])
+
+
+def dense_dictionary(d: int = 32, d_dict: int = 48, d_out: int | None = None) -> SparseDictionary:
+    """Random rows; half of the latents fire at a token."""
+    made = SparseDictionary(d, d_dict, ReLU(), d_out=d_out)
+    generator = torch_generator(3, "dense")
+    with torch.no_grad():
+        made.W_enc.copy_(torch.randn(d, d_dict, generator=generator) * 0.2)
+        made.W_dec.copy_(torch.randn(made.W_dec.shape, generator=generator) * 0.3)
+        made.b_enc.copy_(torch.randn(d_dict, generator=generator) * 0.3)
+        made.b_dec.copy_(torch.randn(made.b_dec.shape, generator=generator) * 0.1)
+    return made.requires_grad_(False)
+
+
+def activations(model: LoadedModel, record: TokenRecord, site: str) -> torch.Tensor:
+    with capture(model, site) as acts:
+        model(record)
+    return acts[site]
