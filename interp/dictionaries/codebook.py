@@ -71,7 +71,7 @@ def mean_of_codes(
     offset = torch.arange(n_groups, device=indices.device)[:, None] * n_codes
     flat = (indices + offset).reshape(-1, indices.shape[-1])
     share = torch.full(flat.shape, 1 / indices.shape[-1], dtype=codes.dtype, device=codes.device)
-    return sparse_decode(share, flat, codes.reshape(-1, d)).reshape(-1, n_groups, d)
+    return sparse_decode(share, flat, codes.reshape(-1, d)).reshape(len(indices), n_groups, d)
 
 
 class Codebook(nn.Module):
@@ -135,7 +135,7 @@ class Codebook(nn.Module):
         """a, with one token axis and one group axis."""
         check_width(x, self.d_in)
         flat = x.reshape(-1, self.d_in).to(self.codes.dtype)
-        return ((flat - self.mean) * self.scale).reshape(len(flat), self.n_groups, -1)
+        return ((flat - self.mean) * self.scale).unflatten(1, (self.n_groups, -1))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
         """n_groups * k slots per token: the codes of the first group, most similar first, then of the next."""

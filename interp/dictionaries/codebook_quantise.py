@@ -197,7 +197,7 @@ class Quantiser(nn.Module):
 
     def normalised(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch group d"]:
         check_width(x, self.mean.shape[0])
-        return ((x - self.mean) * self.scale).reshape(len(x), self.groups, -1)
+        return ((x - self.mean) * self.scale).unflatten(1, (self.groups, -1))
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Quantised:
         """Quantise a batch; with `self.training`, affine statistics follow it."""

@@ -149,7 +149,7 @@ def _losses(
     """Total loss, task loss, and what each quantiser did."""
     found: dict[Site, Quantised] = {}
     target = model(rows) if cfg.task == "kl" else None
-    edits = [_learning(site, quantiser, keep, found) for site, quantiser in by_site.items()]
+    edits = [learning_edit(site, quantiser, keep, found) for site, quantiser in by_site.items()]
     with ExitStack() as held:
         held.enter_context(gradients(student))
         if edits:
@@ -164,7 +164,7 @@ def _losses(
     return loss, task, found
 
 
-def _learning(site: Site, quantiser: Quantiser, keep: Tensor, found: dict[Site, Quantised]) -> Edit:
+def learning_edit(site: Site, quantiser: Quantiser, keep: Tensor, found: dict[Site, Quantised]) -> Edit:
     """The splice whose gradient reaches the codes and the network below; only kept tokens are quantised."""
 
     def function(x: Tensor, context: Context) -> Tensor:
