@@ -1,12 +1,12 @@
 """Sparse autoencoder: can the activations of a site be written as few learned directions, and does the model agree?
 
-An autoencoder (top-k, unless another kind is asked for) is trained on stored activations of one site and judged on
-other text: by the variance it leaves unexplained (FVU), and by what the model loses when its reconstruction replaces
-the activation,
+A top-k autoencoder is trained on stored activations of one site and judged on other text: by the variance it leaves
+unexplained (FVU), and by what the model loses when its reconstruction replaces the activation,
     loss_recovered = (CE_zero - CE_sae) / (CE_zero - CE_base).
 Beside it stand PCA with as many components as it has active latents, an untrained dictionary of the same shape, and
 zero ablation. Intervals and tests are over sequences.
 Paper: L. Gao et al., Scaling and evaluating sparse autoencoders, 2024, https://arxiv.org/abs/2406.04093.
+Other kinds: `interp sae train --kind`, judged by `interp sae eval`.
 Beware: a low FVU does not mean that the directions are the model's own; position 0 can hold a massive activation, and
 is left out together with every token whose norm is far above the median.
 """
@@ -48,7 +48,6 @@ from interp.dictionaries.saved import describe, rebuilt
 from interp.dictionaries.sinks import ordinary
 from interp.dictionaries.splice import loss_recovered
 from interp.dictionaries.train import TrainConfig, Trained, train_sae
-from interp.dictionaries.train_config import Kind
 from interp.instrument.store import ActivationStore, StoreConfig
 from interp.instrument.tokens import TokenRecord, from_ids
 from interp.models.bundled import cache_dir
@@ -74,14 +73,10 @@ class SAEConfig:
     """Held-out sequences, right after them."""
     length: int = 128
     """Tokens per sequence."""
-    kind: Kind = "topk"
-    """topk, batch_topk, matryoshka, multi_topk, group_max, top_afa, relu, jump_relu or gated."""
     d_dict: int = 2304
     """Number of latents."""
     k: int = 32
-    """Active latents per token, for kinds that select them; where jump_relu starts."""
-    sparsity_weight: float = -1.0
-    """Weight of the sparsity penalty, for relu, jump_relu, gated and top_afa; below 0 takes the kind's own."""
+    """Active latents per token."""
     n_steps: int = 400
     """Optimiser steps."""
     batch_size: int = 1024
@@ -118,10 +113,8 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
     started = time.perf_counter()
     site = model.table.one(cfg.site)
     train_cfg = TrainConfig(
-        kind=cfg.kind,
         d_dict=cfg.d_dict,
         k=cfg.k,
-        sparsity_weight=cfg.sparsity_weight,
         n_steps=cfg.n_steps,
         batch_size=cfg.batch_size,
         seed=cfg.seed,

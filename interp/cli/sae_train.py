@@ -58,11 +58,12 @@ def train(
         return
     asked = understand(context.args, sets or (), config, sweep or ())
     folder = out or new_folder("sae")
+    going_on = _check(folder, asked.data.parallel, resume)
     with _processes(device) as (ranks, place), _quiet_unless(ranks.rank == 0):
         with console.progress() as steps:
             job = SaeJob(asked, model, place, dtype)
             job.open(steps)
-            if not force and not resume:
+            if not force and not going_on:
                 with steps.step("trying two steps"):
                     _agreed(ranks, lambda: job.plan(folder, ranks.world).check())
         try:
@@ -103,6 +104,17 @@ def plan(
         _say_plan(made)
     if made.refusals:
         raise typer.Exit(1)
+
+
+def _check(folder: Path, parallel: str, resume: bool) -> bool:
+    """Refuse a folder where no run may be written, before the work; whether a run goes on there."""
+    from interp.dictionaries.training.claim import check_folder, resuming
+    from interp.instrument.store_ranks import Ranks
+
+    going_on = resuming(resume)
+    if parallel != "jobs" or Ranks.current().world == 1:  # those are runs of their own, below the folder
+        check_folder(folder, going_on)
+    return going_on
 
 
 def _run(job: SaeJob, folder: Path, ranks: Any, resume: bool) -> dict[str, Path]:

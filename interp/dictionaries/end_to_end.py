@@ -106,6 +106,29 @@ class EndToEndConfig:
             raise InterpError(f"reconstruction={self.reconstruction} must not be negative, rows={self.rows} at least 1")
 
 
+@torch.no_grad()
+def unfolded(dictionary: SparseDictionary, sample: Float[Tensor, "n d_in"] | None = None) -> SparseDictionary:
+    """The same function ready to train on: scales taken out of the weights again, rows of W_dec of mean norm 1.
+
+    sample: inputs, from which the scale of a transcoder's input is taken; an autoencoder needs none.
+    """
+    made = dictionary.folded()
+    scale_out = 1 / made.W_dec.norm(dim=1).mean()
+    if made.subtract_b_dec:
+        scale_in = scale_out
+    elif sample is None or len(sample) == 0:
+        raise InterpError("the scale of a transcoder's input is that of its inputs; pass a sample of them")
+    else:
+        scale_in = made.d_in**0.5 / sample.float().norm(dim=1).mean().to(made.W_enc)
+    made.W_enc.div_(scale_in)
+    made.W_dec.mul_(scale_out)
+    made.b_dec.mul_(scale_out)
+    if made.W_skip is not None:
+        made.W_skip.mul_(scale_out / scale_in)
+    made.scale_in, made.scale_out = scale_in.clone(), scale_out.clone()
+    return made.requires_grad_(True)
+
+
 class EndToEndStepper:
     """A dictionary in training inside a model. It reads one site and writes another, or the same."""
 
@@ -119,6 +142,12 @@ class EndToEndStepper:
     ) -> None:
         if dictionary.token_norm != "none":
             raise InterpError(f"token_norm={dictionary.token_norm!r} is not supported inside a model; use 'none'")
+        norms = dictionary.W_dec.detach().norm(dim=1)
+        if cfg.decoder_norm == "unit" and float((norms - 1).abs().max()) > 1e-3:
+            raise InterpError(
+                f"rows of W_dec have norms {float(norms.min()):.3g} to {float(norms.max()):.3g}, and training would "
+                "set them to 1: take `unfolded(dictionary)`, or decoder_norm='free' for kinds that allow it"
+            )
         self.model, self.goal = model, goal
         self.read, self.write = model.table.one(sites[0]), model.table.one(sites[1])
         self.stepper = Stepper(dictionary, cfg)

@@ -79,7 +79,9 @@ def text_of(certificate: Mapping[str, Any] | None) -> tuple[HealthText, str | No
 def place_of(model: LoadedModel, site: str | None, target: str | None) -> Place:
     """The place, if this model has it. Raises InterpError for a name that is missing, SiteError for one it lacks."""
     if not site:
-        raise InterpError("the files do not say which site the dictionary reads; pass site= (--site), e.g. resid_post.10")
+        raise InterpError(
+            "the files do not say which site the dictionary reads; pass site= (--site), e.g. resid_post.10"
+        )
     return Place(model.table.one(site), model.table.one(target or site))
 
 

@@ -211,10 +211,10 @@ def test_steer_extract_writes_one_file_with_its_origin(tmp_path: Path, capsys: p
     assert "layers with resid_post: 0-2" in reason
 
 
-def test_sae_train_saves_a_dictionary_that_others_read(tmp_path: Path) -> None:
+def test_run_sae_saves_a_dictionary_that_others_read(tmp_path: Path) -> None:
     out = tmp_path / "sae"
     sizes = ["--n-sequences", "8", "--n-eval", "2", "--length", "32", "--d-dict", "64", "--k", "4", "--n-steps", "5"]
-    argv = ["sae", "train", *MODEL, "--site", "resid_post.1", *sizes, "--batch-size", "32", "--out", str(out)]
+    argv = ["run", "sae", *MODEL, "--site", "resid_post.1", *sizes, "--batch-size", "32", "--out", str(out)]
     assert main(argv) == 0
     assert list(out.rglob("sae_weights.safetensors"))
     assert list(out.rglob("cfg.json"))

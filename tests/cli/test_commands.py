@@ -161,8 +161,8 @@ def test_a_run_replaces_a_run(cli: Cli, run_copy: Path) -> None:
     assert load_run(run_copy).results[0].manifest.config["seed"] == 5
 
 
-def test_sae_train(cli: Cli, work: Path) -> None:
-    said = cli("sae", "train", *SAE, "--d-dict", "64", "--k", "4", "--no-report", "--out", "s", "--json")
+def test_run_sae(cli: Cli, work: Path) -> None:
+    said = cli("run", "sae", *SAE, "--d-dict", "64", "--k", "4", "--no-report", "--out", "s", "--json")
     assert said.status == 0 and said.json["summary"]["sae"]["l0"] == 4
     with safe_open(work / "s" / "sae_lens" / "sae_weights.safetensors", framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -83,7 +83,8 @@ def test_every_value_arrives(method: str, field: str) -> None:
         str: lambda value: value + "x",
         tuple: lambda value: value[:1],
     }
-    value = other[type(before)](before)
+    choices = get_args(get_type_hints(kind)[field]) if isinstance(before, str) else ()
+    value = next((c for c in choices if c != before), None) or other[type(before)](before)
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     flag = f"--{field.replace('_', '-')}"
     expected = dataclasses.replace(kind(), **{field: value})

@@ -26,7 +26,7 @@ def snapshot(work: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.parametrize(
-    "line", [("run", "massive", *SMALL), ("run", "patching", *PAIR), ("sae", "train", *SAE), ("demo", *TINY)]
+    "line", [("run", "massive", *SMALL), ("run", "patching", *PAIR), ("run", "sae", *SAE), ("demo", *TINY)]
 )
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_foreign_folders_are_left_alone(cli: Cli, work: Path, line: tuple[str, ...], kind: str) -> None:
@@ -65,14 +65,14 @@ BAD = {
     "model": (("run", "massive", "--model", "smollm2-135"), "unknown model 'smollm2-135'"),
     "site": (("sites", "tiny-llama", "gaet.*"), "unknown site 'gaet.*'; nearest: gate."),
     "layer": (("sites", "tiny-llama", "gate.7"), "layers with gate: 0-2"),
-    "layer of sae": (("sae", "train", *TINY, "--site", "resid_post.10"), "layers with resid_post: 0-2"),
+    "layer of sae": (("run", "sae", *TINY, "--site", "resid_post.10"), "layers with resid_post: 0-2"),
     "layer of extract": (("steer", "extract", *TINY, "--layer", "9"), "layers with resid_post: 0-2"),
     "negative layer": (("steer", "extract", *TINY, "--layer", "-1"), "unknown site 'resid_post.-1'"),
-    "site without a width": (("sae", "train", *TINY, "--site", "pattern.0"), "pattern.0"),
+    "site without a width": (("run", "sae", *TINY, "--site", "pattern.0"), "pattern.0"),
     "dtype": (("verify", "tiny-llama", "--dtype", "float31"), "unknown dtype 'float31'; nearest: float32"),
     "device": (("verify", "tiny-llama", "--device", "cuda:99"), "device 'cuda:99' is not on this machine"),
-    "k": (("sae", "train", *SAE, "--d-dict", "8", "--k", "9"), "k=9 must lie in 1..d_dict=8"),
-    "k of 0": (("sae", "train", *SAE, "--d-dict", "8", "--k", "0"), "k=0 must lie in 1..d_dict=8"),
+    "k": (("run", "sae", *SAE, "--d-dict", "8", "--k", "9"), "k=9 must lie in 1..d_dict=8"),
+    "k of 0": (("run", "sae", *SAE, "--d-dict", "8", "--k", "0"), "k=0 must lie in 1..d_dict=8"),
     "unequal pair": (("patch", *PAIR, "--corrupt", "abc"), "2 tokens against 3"),
     "half a pair": (("patch", *TINY, "--clean", "ab"), "needs all of clean, corrupt, right and wrong"),
     "answer of two tokens": (("patch", *PAIR, "--corrupt", "ac", "--right", "xy"), "not one token"),

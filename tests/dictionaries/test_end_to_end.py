@@ -19,6 +19,7 @@ from interp.dictionaries.end_to_end import (
     divergence,
     spliced_loss,
     train_end_to_end,
+    unfolded,
     with_graph,
 )
 from interp.dictionaries.start import initial
@@ -40,12 +41,13 @@ def tokens(model: LoadedModel, n: int = 3, length: int = 10, seed: int = 0) -> t
 
 
 def random_dictionary(k: int = 6, *, d_dict: int = 40, transcoder: bool = False) -> SparseDictionary:
-    """Float64, everything random."""
+    """Float64, everything random but the norms of the decoder's rows."""
     made = SparseDictionary(D, d_dict, TopK(k), d_out=D if transcoder else None, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        made.W_dec.div_(made.W_dec.norm(dim=1, keepdim=True))
     made.scale_in, made.scale_out = torch.tensor(1.3).double(), torch.tensor(0.7).double()
     return made
 
@@ -132,7 +134,7 @@ def test_it_puts_in_what_the_dictionary_gives_at_inference():
     found: list[Activity] = []
     ours = spliced_loss(model, record, steps.edits(keep, torch.zeros(40, dtype=torch.bool), found))
     placed = bridge(steps.read, steps.write, dictionary).edits(keep)
-    assert float(ours) == pytest.approx(float(spliced_loss(model, record, placed)), rel=1e-5)
+    assert ours.item() == pytest.approx(float(spliced_loss(model, record, placed)), rel=1e-5)
     with capture(model, ["mlp_in.1", "mlp_out.1"]) as acts:
         model(record)
     assert torch.equal(found[0].u, acts["mlp_in.1"][keep] * dictionary.scale_in)
@@ -175,6 +177,29 @@ def test_without_reconstruction_the_reconstruction_is_free():
         sites = ("mlp_out.2", "mlp_out.2")
         fvu[weight] = train_end_to_end(model, initial(x, cfg), record, keep, sites, cfg, goal).curve["fvu"].iloc[-1]
     assert fvu[10.0] < fvu[0.0] - 0.05
+
+
+@pytest.mark.parametrize("transcoder", [False, True])
+def test_a_folded_dictionary_goes_on_where_it_was(transcoder):
+    """Unfolding changes neither codes nor outputs, and brings the scales of training back."""
+    trained = random_dictionary(transcoder=transcoder)
+    trained.W_skip = torch.nn.Parameter(torch.randn(D, D).double()) if transcoder else None
+    x = torch.randn(200, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if not transcoder:
+        trained.scale_in = trained.scale_out
+    folded = trained.folded().requires_grad_(False)
+    again = unfolded(folded, x)
+    torch.testing.assert_close(again(x), trained(x))
+    torch.testing.assert_close(again.encode(x).dense(), trained.encode(x).dense())
+    torch.testing.assert_close(again.scale_out, trained.scale_out)
+    torch.testing.assert_close(again.W_dec, trained.W_dec)
+    assert all(p.requires_grad for p in again.parameters())
+    with pytest.raises(InterpError, match=r"norms 1.43 to 1.43, and training would set them to 1"):
+        stepper(tiny_model("llama"), folded, ("mlp_in.1", "mlp_out.1"))
+    if transcoder:
+        assert float((x.norm(dim=1) * again.scale_in).mean()) == pytest.approx(D**0.5)
+        with pytest.raises(InterpError, match="pass a sample"):
+            unfolded(folded)
 
 
 def test_a_failure_inside_leaves_no_trace():

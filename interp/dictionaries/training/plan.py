@@ -240,10 +240,11 @@ def _advice(plan: TrainPlan, jobs: Sequence[Job], source: Source, sharing: int) 
     state = plan.parameter_bytes + plan.gradient_bytes + plan.moment_bytes
     parts = {"state": state, "workspace": plan.workspace_bytes, "stream": plan.stream_bytes}
     largest = max(parts, key=lambda name: parts[name])
-    room = SPARE * plan.memory_free / sharing - (plan.memory_bytes - parts[largest])
-    share = max(0.0, room / parts[largest]) if parts[largest] else 0.0
+    shrinks = state + plan.workspace_bytes if largest == "state" else parts[largest]  # both follow the width
+    room = SPARE * plan.memory_free / sharing - (plan.memory_bytes - shrinks)
+    share = max(0.0, room / shrinks) if shrinks else 0.0
     if largest == "stream" and isinstance(source, ModelSource):
-        return f"--buffer-tokens {int(share * source.n_buffer)}"
+        return f"--buffer-tokens {max(0, int(share * source.n_buffer) - source.batch_size)}"
     if largest == "stream":
         return "a smaller --n-sample"
     if largest == "workspace":

@@ -15,8 +15,6 @@ the checkpoints before it stay, and none is ever written of weights that are not
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import threading
 import time
@@ -33,6 +31,7 @@ from interp.core.progress import track
 from interp.dictionaries.saved import SavedDictionary, save
 from interp.dictionaries.train import Diverged
 from interp.dictionaries.training import checkpoint
+from interp.dictionaries.training.claim import claim, resuming
 from interp.dictionaries.training.job import Batch, Job, check_jobs
 from interp.dictionaries.training.journal import LOG, Journal
 from interp.dictionaries.training.parallel import Team
@@ -41,7 +40,7 @@ from interp.dictionaries.training.trainee import Trainee
 from interp.dictionaries.training.watch import Row, Tick, Watcher
 from interp.instrument.store_ranks import locked
 
-RUN, CHECKPOINTS, DICTIONARIES = "run.json", "checkpoints", "dictionaries"
+CHECKPOINTS, DICTIONARIES = "checkpoints", "dictionaries"
 Certify = Callable[[SavedDictionary], SavedDictionary]
 
 
@@ -86,52 +85,18 @@ def train(
     folder, cfg, team = Path(folder), cfg or RunConfig(), team or Team()
     for job in jobs:
         team.check(job)
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = resuming(resume)
     described = {"version": 1, "jobs": [job.described() for job in jobs], "source": source.described()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, team.ranks):
-            _claim(folder, described, resume, team)
+            claim(folder, described, resume, team)
             run = _Run(jobs, source, folder, cfg, team, torch.device(device), tuple(watchers))
             run.open()
             run.loop()
             return run.finish(dict(about or {}), certify)
     except OSError as error:
         raise ArtefactError(f"could not write {folder}: {error}; free space or choose another folder") from error
-
-
-def _claim(folder: Path, described: Mapping[str, Any], resume: bool, team: Team) -> None:
-    """Make sure that the folder is this run's."""
-    path = folder / RUN
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ArtefactError(f"{path} is damaged: {error}") from error
-        if not resume:
-            raise ArtefactError(f"{folder} holds a run; go on with it with resume (--resume), or choose another folder")
-        if difference := _difference(found, json.loads(json.dumps(described))):
-            raise ArtefactError(f"{folder} holds another run: {difference}; resume it as it was, or choose a folder")
-    elif any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ArtefactError(f"{folder} is not empty and holds no run; choose another folder")
-    team.barrier()
-    if team.ranks.rank == 0 and not path.is_file():
-        draft = folder / f".{RUN}.draft"
-        draft.write_text(json.dumps(described, indent=1), encoding="utf-8")
-        draft.replace(path)
-
-
-def _difference(old: Any, new: Any, where: str = "") -> str:
-    """The first place where two JSON values differ, in words; empty where they do not."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in (*old, *(key for key in new if key not in old)):
-            if found := _difference(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")):
-                return found
-        return ""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return next((d for i, (a, b) in pairs if (d := _difference(a, b, f"{where}[{i}]"))), "")
-    return "" if old == new else f"{where} was {old!r} and is now {new!r}"
 
 
 class _Run:

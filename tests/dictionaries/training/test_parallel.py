@@ -116,10 +116,10 @@ def test_width_among_three_continues_as_one_and_as_two(tmp_path):
 @pytest.mark.slow
 def test_batch_budgets_are_close_in_data_parallel(tmp_path):
     """Each process spends its own budget, so the dictionaries differ, and their quality does not."""
+    template = TrainConfig(d_dict=48, k=3, n_steps=300, batch_size=BATCH, lr=3e-3)
     jobs = tuple(
-        Job(name=kind, config=TrainConfig(kind=kind, d_dict=48, k=3, n_steps=300, batch_size=BATCH, lr=3e-3), reads=("a",))
-        for kind in ("batch_topk", "matryoshka")
-    )  # fmt: skip
+        Job(name=kind, config=replace(template, kind=kind), reads=("a",)) for kind in ("batch_topk", "matryoshka")
+    )
     run_job(tmp_path / "one", jobs=jobs, safe=replace(SAFE, save_every=300))
     together(tmp_path / "two", "data", jobs=jobs, safe=replace(SAFE, save_every=300))
     for job in jobs:

@@ -277,7 +277,10 @@ def test_a_sweep_is_every_combination():
         (lambda: Job(name="x", config=CONFIG, reads=()), "reads no site"),
         (lambda: check_jobs([]), "no job"),
         (lambda: check_jobs([*ONE, *ONE]), "names must differ"),
-        (lambda: check_jobs([*ONE, Job(name="x", config=replace(CONFIG, batch_size=8), reads=("a",))]), "one batch_size"),
+        (
+            lambda: check_jobs([*ONE, Job(name="x", config=replace(CONFIG, batch_size=8), reads=("a",))]),
+            "one batch_size",
+        ),
         (lambda: RunConfig(save_every=0), "must be at least 1"),
     ],
 )  # fmt: skip

@@ -39,7 +39,8 @@ JOBS = (
     Job(name="auto", config=CONFIG, reads=("a",)),
     Job(name="over", config=TrainConfig(kind="jump_relu", d_dict=32, n_steps=20, batch_size=BATCH, resample_every=7,
                                         dead_after_tokens=150), reads=("a",), writes=("b",)),
-    Job(name="both", config=TrainConfig(kind="batch_topk", d_dict=32, k=4, n_steps=24, batch_size=BATCH), reads=("a", "b")),
+    Job(name="both", config=TrainConfig(kind="batch_topk", d_dict=32, k=4, n_steps=24, batch_size=BATCH),
+        reads=("a", "b")),
 )  # fmt: skip
 SAFE = RunConfig(save_every=5, keep=2, n_sample=256)
 TEAMS: dict[str, Callable[[], Team]] = {"": Team, "data": DataParallel, "width": WidthSharded}
