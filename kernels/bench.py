@@ -64,7 +64,6 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", help="names of shapes; default: those of the device. `list` lists them")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
     parser.add_argument("--only", choices=("check", "ceilings", "kernels", "tiles", "steps"), nargs="+")
-    parser.add_argument("--keep-memory", action="store_true", help="keep freed CPU memory, for all systems")
     parser.add_argument("--json", type=Path, help="write every number there")
     return parser.parse_args(arguments)
 
@@ -73,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = options(arguments)
     import torch
 
-    from interp.kernels import bench_parts, bench_steps, memory
+    from interp.kernels import bench_parts, bench_steps
 
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if asked.threads:
@@ -87,7 +86,6 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = [s for s in bench_parts.SHAPES if (s.name in asked.shapes if asked.shapes else s.device == device)]
     only = asked.only or ("check", "ceilings", "kernels", "tiles", "steps")
     machine = bench_parts.machine(device)
-    machine["freed memory"] = "kept" if asked.keep_memory and memory.keep_freed_memory() else "given back"
     result: dict[str, Any] = {"machine": machine}
     say("\n".join(f"{name}: {value}" for name, value in machine.items()) + "\n")
     if "check" in only:

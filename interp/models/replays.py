@@ -43,8 +43,8 @@ class Watcher:
 
     def __post_init__(self) -> None:
         reach = self.reach
-        cut = reach.view or reach.flat or reach.recent or reach.chunk or reach.heads or reach.head_major or reach.whole
-        self.as_it_is = not cut and self.heads is None and not self.grad
+        views = (reach.view, reach.single, reach.flat, reach.recent, reach.chunk, reach.heads, reach.head_major)
+        self.as_it_is = not any((*views, reach.whole, self.grad)) and self.heads is None
 
     def means(self, part: Part, layer: int | None, branch: str) -> bool:
         """Whether a value that a replay shows is this site's."""
