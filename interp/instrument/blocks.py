@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from interp.core.errors import InterpError
 from interp.core.sites import Part, Site
 from interp.instrument.capture import Activations, capture
+from interp.models.calls import Call
 from interp.models.model import LoadedModel
 
 
@@ -106,9 +107,13 @@ class BlockRunner:
         kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         placed = [self._place(value, rows) for value in args]
         named = {name: self._place(value, rows) for name, value in kwargs.items()}
-        with torch.no_grad():
+        with torch.no_grad(), self.model.hub.within(self._call(len(rows), resid.shape[1])):
             out = self.layers[layer](resid, *placed, **named)
         return out[0] if isinstance(out, tuple) else out
+
+    def _call(self, n_rows: int, n_pos: int) -> Call:
+        """What edits and captures inside a block may know: positions are those of the whole prompt."""
+        return Call(n_rows=n_rows, n_pos=n_pos, past=self.start, mask=None, prompt=None)
 
     def _place(self, value: Any, rows: Tensor) -> Any:
         """An argument of the base run, for other rows."""

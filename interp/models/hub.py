@@ -10,7 +10,8 @@ cache, which are padding. It is longer than other files because all state of a r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -134,6 +135,19 @@ class HookHub:
         if reach.side in ("replay", "attention"):
             return gradient
         return view_of(self._frame(self.table.module.get_submodule(reach.path), reach, n_rows), gradient)
+
+    @contextmanager
+    def within(self, call: Call) -> Generator[None, None, None]:
+        """Part of a model run by hand counts as this call."""
+        self._one_thread()
+        before, self.call = self.call, call
+        self.n_forward += 1
+        for carry in self._carries.values():
+            carry.forget()
+        try:
+            yield
+        finally:
+            self.call = before
 
     def stop_if_done(self) -> None:
         """End the forward if nobody waits for more."""
