@@ -9,7 +9,8 @@ from interp.instrument.tokens import adds_start, from_ids
 from interp.models.load import load
 from interp.models.tiny import tiny_model
 from interp.tasks.base import Draft, PromptPairs, align, pair
-from interp.tasks.ioi import NAMES, draft, ioi_pairs, random_drafts, random_pairs, standard_drafts
+from interp.tasks.ioi import NAMES, TEMPLATES, draft, ioi_pairs, random_draft, random_pairs, standard_drafts
+from interp.tasks.task import Picker, held_out
 
 
 def byte_draft(clean: str, corrupt: str, right: str = "a", wrong: str = "b") -> Draft:
@@ -82,18 +83,47 @@ def test_labels_name_roles_only_where_all_pairs_agree() -> None:
     assert "S2" not in moved.label(3)
 
 
-def test_random_drafts_are_seeded_balanced_and_proper() -> None:
-    drafts = random_drafts(20, seed=1)
-    assert drafts == random_drafts(20, seed=1) != random_drafts(20, seed=2)
-    for item in drafts:
-        assert item.right.strip() in NAMES
-        assert item.right != item.wrong
-        assert item.clean.count(item.wrong.strip()) == 2
-        assert item.corrupt.count(item.right.strip()) == 2
-    second_gives = [item.roles["S1"] > item.roles["IO"] for item in drafts]
-    assert sum(second_gives) == 10
-    with pytest.raises(InterpError, match="at least 1"):
-        random_drafts(0, seed=0)
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("order", ["ABBA", "BABA"])
+def test_drafts_are_sentences_about_two_people_one_of_whom_gives(order: str, split: str) -> None:
+    names = set(held_out(NAMES, split))
+    pick = Picker(0, "test")
+    seen: set[str] = set()
+    for _ in range(60):
+        item = random_draft(pick, order, "s2", split)
+        receiver, giver = item.right.strip(), item.wrong.strip()
+        assert {receiver, giver} <= names and receiver != giver
+        assert item.clean.count(giver) == 2 and item.clean.count(receiver) == 1
+        assert item.corrupt.count(giver) == 1 and item.corrupt.count(receiver) == 2
+        assert (item.roles["IO"] < item.roles["S1"]) == (order == "ABBA")
+        assert item.clean[item.roles["S2"] :].startswith(giver)
+        assert not item.clean[item.roles["S1+1"]].isspace()
+        seen.add(item.template)
+    assert seen == {f"{order} {number}" for number in held_out(range(len(TEMPLATES)), split)}
+
+
+def test_splits_share_no_name_and_no_sentence() -> None:
+    for items in (NAMES, TEMPLATES):
+        train, test = held_out(items, "train"), held_out(items, "test")
+        assert not set(train) & set(test)
+        assert sorted((*train, *test)) == sorted(items) and len(set(items)) == len(items)
+    assert len(TEMPLATES) == 15 and len(NAMES) >= 100
+
+
+def test_corruptions_change_what_they_say() -> None:
+    for corruption in ("s2", "abc", "swapped"):
+        item = random_draft(Picker(1, "test"), "ABBA", corruption)
+        receiver, giver = item.right.strip(), item.wrong.strip()
+        there = {role: item.corrupt[at:].split(" ")[0].strip(",.") for role, at in item.corrupt_roles.items()}
+        if corruption == "s2":
+            assert there == {"IO": receiver, "S1": giver, "S2": receiver}
+        elif corruption == "swapped":
+            assert there == {"IO": giver, "S1": receiver, "S2": receiver}
+        else:
+            assert len({receiver, giver, *there.values()}) == 5
+
+
+def test_one_giver_of_two() -> None:
     with pytest.raises(InterpError, match="one of two different names"):
         draft("Mary", "John", "Tom")
 
