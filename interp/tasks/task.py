@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -39,8 +39,7 @@ class Request:
     split: str
 
 
-class Make(Protocol):
-    def __call__(self, model: LoadedModel, request: Request) -> PromptPairs: ...
+Make = Callable[[LoadedModel, Request], PromptPairs]
 
 
 @dataclass(frozen=True, kw_only=True)
