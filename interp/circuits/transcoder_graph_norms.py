@@ -1,0 +1,93 @@
+"""What does a norm do to one prompt once its denominator is held fixed?
+
+    N(x) = (x - c mean(x)) * factor + shift,  factor = w / scale(x) held at the prompt's own value
+c is 1 for layer norm and 0 for RMS norm. With the denominator frozen the norm is affine, and its effect on a direction
+v read behind it is the pulled-back direction N^T v = (v * factor) - c mean(v * factor).
+w, c and the shift are read off by asking the module itself: N(0) = shift, N(1) = shift if and only if it centres, and
+one known vector gives w. So any norm of this form serves, whatever it is called (Gemma's 1 + w too).
+Source: E. Ameisen et al. 2025 (circuit tracing), J. Dunefsky et al. 2024, https://arxiv.org/abs/2406.11944, appendix.
+Trap: at a token with a massive activation the frozen denominator is that of the massive coordinate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interp.core.errors import InterpError
+
+TOLERANCE = 2e-3
+"""Largest relative difference between the frozen form and what the model computed, in float32."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrozenNorm:
+    """An affine map for each position."""
+
+    factor: Float[Tensor, "pos d"]
+    centred: bool
+    shift: Float[Tensor, " d"]
+
+    def push(self, x: Float[Tensor, "pos d"]) -> Float[Tensor, "pos d"]:
+        """N(x) with the denominators of the prompt."""
+        return self.linear(x) + self.shift
+
+    def linear(self, x: Float[Tensor, "pos d"]) -> Float[Tensor, "pos d"]:
+        """N(x) - N(0)."""
+        return (x - x.mean(-1, keepdim=True) if self.centred else x) * self.factor
+
+    def pull(self, g: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        """The direction before the norm that has the effect of g behind it; g begins at position 0."""
+        g = g * self.factor[: g.shape[1]]
+        return g - g.mean(-1, keepdim=True) if self.centred else g
+
+    def pull_at(self, v: Float[Tensor, "row d"], pos: Tensor) -> Float[Tensor, "row d"]:
+        """The same for one position per row."""
+        g = v * self.factor[pos]
+        return g - g.mean(-1, keepdim=True) if self.centred else g
+
+
+def identity_norm(n_pos: int, like: Float[Tensor, " d"]) -> FrozenNorm:
+    """For sublayers that read or write the stream without a norm."""
+    return FrozenNorm(factor=like.new_ones(n_pos, len(like)), centred=False, shift=torch.zeros_like(like))
+
+
+@torch.no_grad()
+def freeze_norm(
+    module: nn.Module, x: Float[Tensor, "pos d"], y: Float[Tensor, "pos d"], name: str, tolerance: float = TOLERANCE
+) -> FrozenNorm:
+    """The norm at the prompt's x, which the model turned into y. Raises InterpError if it is of another form."""
+    weight = next(iter(module.parameters()), None)
+    kind = torch.float32 if weight is None else weight.dtype
+
+    def ask(v: Tensor) -> Tensor:
+        return module(v.to(kind)[None]).squeeze(0).to(x.dtype)
+
+    d = x.shape[-1]
+    shift = ask(torch.zeros_like(x[:1]))[0]
+    probe = torch.ones_like(x[0])
+    probe[1::2] = -1
+    probe[0] = 2  # no mean of zero by luck
+    centred = bool((ask(torch.ones_like(x[:1]))[0] - shift).abs().max() < 1e-3)
+    base = probe - probe.mean() if centred else probe
+    w = (ask(probe[None])[0] - shift) / (base / base.square().mean().sqrt())
+    own = (x - x.mean(-1, keepdim=True) if centred else x) * w
+    scale = ((y - shift) * own).sum(-1) / own.square().sum(-1).clamp_min(1e-300)
+    made = FrozenNorm(factor=scale[:, None] * w, centred=centred, shift=shift)
+    check_close(made.push(x), y, f"{name} (width {d}) is no norm with one denominator per token", tolerance)
+    return made
+
+
+def check_close(found: Tensor, wanted: Tensor, complaint: str, tolerance: float = TOLERANCE) -> float:
+    """The largest difference relative to the largest wanted value of the same position; an error above tolerance."""
+    gap = (found - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1e-12)
+    worst = float(gap.max()) if gap.numel() else 0.0
+    if not worst <= tolerance:
+        raise InterpError(
+            f"{complaint}: the frozen form misses the model by {worst:.2g} of its size (at most {tolerance:g}); "
+            "attribution graphs serve pre-norm and post-norm transformers with plain attention"
+        )
+    return worst
