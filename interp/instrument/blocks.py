@@ -62,7 +62,7 @@ class BlockRunner:
         if not 0 <= start < tokens.shape[1]:
             raise InterpError(f"start={start} is outside the prompt, which has positions 0 to {tokens.shape[1] - 1}")
         self.model, self.start, self.n_prompts = model, start, tokens.shape[0]
-        self.layers, self._tokens = model.layers, tokens
+        self.layers, self.tokens = model.layers, tokens
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {})] * len(self.layers)
         self._prefix = self._run_prefix(tokens[:, :start], prefix) if start else None
         self.base: Activations = self._run_base(tokens[:, start:], sites)
@@ -72,7 +72,7 @@ class BlockRunner:
         """The same prompts with more positions taken as given, whose keys and values this run has computed."""
         if start == self.start:
             return self
-        return BlockRunner(self.model, self._tokens, start=start, sites=("resid_pre.0",), prefix=self._cache)
+        return BlockRunner(self.model, self.tokens, start=start, sites=("resid_pre.0",), prefix=self._cache)
 
     def _run_prefix(self, tokens: Tensor, known: Any) -> Any:
         if known is not None and all(type(layer).__name__ == "DynamicLayer" for layer in known.layers):
@@ -100,14 +100,14 @@ class BlockRunner:
         return acts
 
     def block(
-        self, layer: int, resid: Float[Tensor, "row pos d_model"], rows: Int[Tensor, " row"]
+        self, layer: int, resid: Float[Tensor, "row pos d_model"], rows: Int[Tensor, " row"], *, grad: bool = False
     ) -> Float[Tensor, "row pos d_model"]:
-        """The stream after block `layer`; `rows[i]` is the prompt that row i belongs to."""
+        """The stream after block `layer`; `rows[i]` is the prompt that row i belongs to. grad: keep the graph."""
         args, kwargs = self._calls[layer]
         kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         placed = [self._place(value, rows) for value in args]
         named = {name: self._place(value, rows) for name, value in kwargs.items()}
-        with torch.no_grad(), self.model.hub.within(self._call(len(rows), resid.shape[1])):
+        with torch.set_grad_enabled(grad), self.model.hub.within(self._call(len(rows), resid.shape[1])):
             out = self.layers[layer](resid, *placed, **named)
         return out[0] if isinstance(out, tuple) else out
 
@@ -125,12 +125,12 @@ class BlockRunner:
             return value.index_select(0, rows)
         return value
 
-    def head(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos vocab"]:
+    def head(self, resid: Float[Tensor, "row pos d_model"], *, grad: bool = False) -> Float[Tensor, "row pos vocab"]:
         """Logits of a stream that has left the last block: final norm, unembedding, soft-capping if there is any."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             logits = self._module(Part.LOGITS)(self._module(Part.FINAL_NORM)(resid))
-        cap = getattr(getattr(self.model.module, "config", None), "final_logit_softcapping", None)
-        return logits if cap is None else cast(Tensor, torch.tanh(logits / cap) * cap)
+            cap = getattr(getattr(self.model.module, "config", None), "final_logit_softcapping", None)
+            return logits if cap is None else cast(Tensor, torch.tanh(logits / cap) * cap)
 
     def _module(self, part: Part) -> nn.Module:
         return self.model.module.get_submodule(self.model.table.reach(Site(part)).path)
