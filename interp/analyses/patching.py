@@ -1,11 +1,13 @@
 """Activation patching: which activations carry what tells two prompts apart?
 
 Denoising runs the corrupted prompt with one activation taken from the clean one: does the answer come back
-(sufficient)? Noising runs the clean prompt with one taken from the corrupted one: is it lost (necessary)? Effects are
-in units of the gap between the two runs,
-    effect = (M(patched) - M(base)) / (M(donor) - M(base)),   mean over prompts of each, then the ratio,
-for the logit difference, the probability of the answer, and KL to the donor's run. Beside the exact result stands
-attribution patching, its gradient shortcut, with the correlation of the two.
+(sufficient)? Noising runs the clean prompt with one taken from the corrupted one: is it lost (necessary)? Ablations put
+zeros, a mean or another prompt's value into the clean run; `gaussian` restores clean values under noise on the
+embeddings. Effects are in units of the gap between the two runs,
+    effect = (M(patched) - M(base)) / (M(goal) - M(base)),   mean over prompts of each, then the ratio,
+for the chosen metric, the logit difference, the probability of the answer, and KL. Beside the exact result stands
+attribution patching, its gradient shortcut, with the correlation of the two. With a `check_budget` it is the other way
+round: the shortcuts rank all sites, and only their top and a random tail are measured.
 Paper: F. Zhang and N. Nanda, Towards best practices of activation patching, 2024, https://arxiv.org/abs/2309.16042.
 Beware: the two directions are not mirror images; effects do not add up; the residual stream is trivially 1 at the
 changed token early and at the last token late; probability cannot show negative heads.
@@ -15,35 +17,35 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 
 from interp.analyses import patching_views as views
 from interp.analyses.patching_controls import controls
-from interp.analyses.patching_gradient import estimates
-from interp.analyses.patching_scores import Direction, Effects, Endpoints, endpoints, measure
-from interp.analyses.patching_wave import KINDS
-from interp.core.errors import InterpError, unknown
+from interp.analyses.patching_measure import GRADIENT, INTEGRATED, STAR, Found, measure
+from interp.analyses.patching_places import DEFAULT, Grid, make_grids
+from interp.analyses.patching_runs import BOTH, interventions
+from interp.analyses.patching_scores import Endpoints, Sweep, check_gap, endpoints
+from interp.core.errors import InterpError
 from interp.core.manifest import Manifest
 from interp.core.result import LabelledTensor, Result
 from interp.core.spec import Spec, Tolerance
 from interp.models.model import LoadedModel
-from interp.tasks.base import PromptPairs, align, pair
-from interp.tasks.ioi import ioi_pairs, random_pairs, standard_drafts
-
-GRADIENT, INTEGRATED = "gradient", "integrated gradient"
-MIN_GAP = 0.05
-"""Smallest difference of the mean logit differences, in nats, that effects may be divided by."""
+from interp.tasks.base import PromptPairs, pair
+from interp.tasks.ioi import random_pairs
+from interp.tasks.library import make_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchingConfig:
-    """Which prompts, which sites."""
+    """Which prompts, which sites, what is put there."""
 
     task: str = "ioi-standard"
-    """`ioi-standard`: eight fixed prompts with known results; `ioi`: random names, places and things."""
+    """Any task of the library, `ioi` say; `ioi:abc` with another corruption. `ioi-standard`: eight known prompts."""
     n_prompts: int = 8
     """Prompt pairs."""
     clean: str = ""
@@ -54,14 +56,18 @@ class PatchingConfig:
     """Answer to the clean prompt: one token, with its leading space."""
     wrong: str = ""
     """Answer to the corrupted prompt."""
-    kinds: tuple[str, ...] = KINDS
-    """What is patched: resid_post, attn_out, mlp_out (layer x position), z (layer x head)."""
-    n_steps: int = 5
-    """Midpoints of the integrated gradient shortcut."""
+    kinds: tuple[str, ...] = DEFAULT
+    """What is patched, as KIND[.LAYERS][@WHERE][#UNIT][~WINDOW]: `z`, `mlp_out~5`, `k.3-9@END`, `up.17@S2#each`."""
+    intervention: str = BOTH
+    """`denoising`, `noising`, `both` of them, `gaussian`, `zero`, `mean` or `resample`."""
+    metric: str = ""
+    """What sites are ranked by: logit_diff, prob, log_prob, prob_diff or kl; the task's own if empty."""
+    check_budget: int = 0
+    """0 measures every site; else the shortcuts rank them, and so many are measured for each: half top, half random."""
     min_accuracy: float = 0.75
     """Share of clean prompts the model must get right; below it the run is refused."""
     seed: int = 0
-    """Which random prompts."""
+    """Which random prompts, noise, draws and tail."""
 
 
 def load(model: LoadedModel, cfg: PatchingConfig) -> PromptPairs:
@@ -71,135 +77,142 @@ def load(model: LoadedModel, cfg: PatchingConfig) -> PromptPairs:
         if not all(own):
             raise InterpError("a prompt pair of your own needs all of clean, corrupt, right and wrong")
         return pair(model, *own)
-    if cfg.n_prompts < 1:
-        raise InterpError(f"n_prompts={cfg.n_prompts}; ask for at least 1")
-    if cfg.task == "ioi":
-        return ioi_pairs(model, cfg.n_prompts, cfg.seed)
-    if cfg.task == "ioi-standard":
-        pairs = align(model, standard_drafts())
-        return pairs.take(range(min(cfg.n_prompts, len(pairs))))
-    raise unknown("task", cfg.task, ("ioi", "ioi-standard"))
+    task, _, corruption = cfg.task.partition(":")
+    return make_pairs(model, task, cfg.n_prompts, cfg.seed, corruption)
 
 
 def run(model: LoadedModel, data: PromptPairs, cfg: PatchingConfig) -> Result:
-    """Exact patching in both directions, the gradient shortcut, and the controls."""
-    for kind in cfg.kinds:
-        if kind not in KINDS:
-            raise unknown("kind of site", kind, KINDS)
-    if not cfg.kinds or cfg.n_steps < 1:
-        raise InterpError(f"kinds={cfg.kinds} and n_steps={cfg.n_steps}: at least one of each")
-    started = time.perf_counter()
-    ends = endpoints(model, data)
-    _check(ends, cfg, len(data))
-    found = [measure(model, data, ends, cfg.kinds, direction) for direction in Direction]
-    seconds_exact = time.perf_counter() - started
-    denoise = found[0]
-    attribution = views.attribution_table(found, _shortcuts(model, data, cfg), ends, data)
+    """Exact patching, the gradient shortcuts, and the controls."""
+    began = time.perf_counter()
+    hows, grids = interventions(cfg.intervention), make_grids(model, data, cfg.kinds)
+    ends = endpoints(model, data, cfg.metric)
+    _check(ends, cfg)
+    found = measure(model, ends, grids, hows, cfg.check_budget, cfg.seed)
+    by_name, primary = {grid.name: grid for grid in grids}, ends.primary.name
+    attribution = views.attribution_table(found.sweeps, found.shortcuts, data)
     correlations = views.correlation_table(attribution)
-    effects = views.effects_table(found, ends, data)
-    outcome = controls(model, data, ends, denoise, cfg.seed)
+    effects = views.effects_table(found.sweeps)
+    tables = {
+        "effects": effects,
+        "heads": views.heat(effects, by_name, primary, heads=True),
+        "positions": views.heat(effects, by_name, primary, heads=False),
+        "attribution": attribution,
+        "correlations": correlations,
+        "endpoints": views.endpoint_table(ends),
+    }
+    if any(grid.window > 1 for grid in grids):
+        tables["windows"] = views.windows_table(found.sweeps)
+    if found.calibrations:
+        tables["calibration"] = views.calibration_table(found.calibrations)
+        tables["checked"] = attribution.loc[attribution["exact"].notna()].reset_index(drop=True)
     return Result(
-        headline=_headline(ends, denoise, correlations, data) | {"seconds": seconds_exact},
-        tables={
-            "effects": effects,
-            "heads": views.heat(effects, heads=True),
-            "positions": views.heat(effects, heads=False),
-            "attribution": attribution,
-            "correlations": correlations,
-            "endpoints": views.endpoint_table(ends, data),
-        },
-        panels=views.panels(cfg.kinds),
-        controls=outcome,
+        headline=_headline(ends, found, correlations, grids),
+        tables=tables,
+        panels=views.panels(by_name, checked=bool(found.calibrations)),
+        controls=controls(model, ends, found.sweeps[0], cfg.seed),
         manifest=Manifest(
             method="patching",
             model=model.record(),
             config=dataclasses.asdict(cfg),
             data={"name": cfg.task if not cfg.clean else "own pair", "hash": data.hash, "n_prompts": len(data)},
-            sites=tuple(f"{kind}.*" for kind in cfg.kinds),
+            sites=tuple(dict.fromkeys(f"{grid.part}.*" for grid in grids)),
             seeds=(cfg.seed,),
             metrics=METRICS,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - began,
         ),
-        tensors={
-            f"{direction.value}.{kind}": LabelledTensor(
-                values=torch.as_tensor(values["logit_diff"]).float(),
-                axes=("pair", "layer", "head" if kind == "z" else "pos"),
-                unit="share of the gap",
-            )
-            for direction, item in zip(Direction, found, strict=True)
-            for kind, values in item.items()
-        },
-        notes=_notes(ends, data),
+        tensors=_tensors(found.sweeps),
+        notes=_notes(ends, found),
     )
 
 
-def _headline(ends: Endpoints, denoise: Effects, correlations: pd.DataFrame, data: PromptPairs) -> dict[str, object]:
+def _tensors(sweeps: Sequence[Sweep]) -> dict[str, LabelledTensor]:
+    """Effects of every pair: the ranking metric under the grid's name, the others with theirs."""
     return {
-        "accuracy": ends.accuracy,
-        "n_prompts": len(data),
-        "logit_diff_clean": ends.clean_mean,
-        "logit_diff_corrupt": ends.corrupt_mean,
-        "top_sites": views.top_sites(denoise, data),
-        "attribution_correlation": views.correlation(correlations, GRADIENT, ("z", "all")),
-        "attribution_correlation_all_sites": views.correlation(correlations, GRADIENT, ("all",)),
-        "attribution_correlation_integrated": views.correlation(correlations, INTEGRATED, ("all",)),
+        f"{one.how.value}.{name}" + ("" if metric == one.primary else f".{metric}"): LabelledTensor(
+            values=torch.as_tensor(one.effect(name, metric)).float(),
+            axes=("pair", "layer", "head" if grid.heads else "pos"),
+            unit="share of the gap",
+        )
+        for one in sweeps
+        for name, grid in one.grids.items()
+        for metric in one.metrics
     }
 
 
-def _shortcuts(model: LoadedModel, data: PromptPairs, cfg: PatchingConfig) -> list[views.Shortcut]:
-    """The gradient at each base run; the integrated form, whose midpoints are the same in both directions, once."""
-    runs = ((Direction.DENOISE, data.corrupt, data.clean), (Direction.NOISE, data.clean, data.corrupt))
-    found = [
-        views.Shortcut(
-            method=GRADIENT,
-            direction=direction,
-            estimates=estimates(model, base, donor, data.answers, cfg.kinds, 0),
-        )
-        for direction, base, donor in runs
-    ]
-    between = estimates(model, data.corrupt, data.clean, data.answers, cfg.kinds, cfg.n_steps)
-    return [*found, views.Shortcut(method=INTEGRATED, direction=Direction.DENOISE, estimates=between)]
+def _headline(ends: Endpoints, found: Found, correlations: pd.DataFrame, grids: Sequence[Grid]) -> dict[str, object]:
+    how = found.sweeps[0].how
+    heads = [grid.name for grid in grids if grid.heads][:1]
+    headline: dict[str, object] = {
+        "accuracy": ends.accuracy.interval.estimate,
+        "n_prompts": len(ends.pairs),
+        "logit_diff_clean": float(ends.logit_diff(clean=True).mean()),
+        "logit_diff_corrupt": float(ends.logit_diff(clean=False).mean()),
+        "top_sites": views.top_sites(found.sweeps[0]),
+        "attribution_correlation": views.correlation(correlations, GRADIENT, how, (*heads, "all")),
+        "attribution_correlation_all_sites": views.correlation(correlations, GRADIENT, how, ("all",)),
+    }
+    if any(shortcut.method == INTEGRATED for shortcut in found.shortcuts):
+        integrated = views.correlation(correlations, INTEGRATED, how, ("all",))
+        headline["attribution_correlation_integrated"] = integrated
+    if (INTEGRATED, how) in found.calibrations or (STAR, how) in found.calibrations:
+        best = found.calibrations.get((INTEGRATED, how)) or found.calibrations[STAR, how]
+        headline |= {"n_checked": int(np.isfinite(_all(found.sweeps[0])).sum()), "n_sites": _all(found.sweeps[0]).size}
+        headline |= {"missed_in_tail": best.misses, "missed_at_most": best.missed_at_most}
+    return headline | {"seconds": found.seconds}
 
 
-def _check(ends: Endpoints, cfg: PatchingConfig, n: int) -> None:
-    gap = ends.clean_mean - ends.corrupt_mean
-    if ends.accuracy < cfg.min_accuracy:
+def _all(found: Sweep) -> np.ndarray:
+    """Mean effects of all cells in a row."""
+    return np.concatenate(
+        [found.effect(name).mean(0).ravel() for name, grid in found.grids.items() if grid.window == 1]
+    )
+
+
+def _check(ends: Endpoints, cfg: PatchingConfig) -> None:
+    found = ends.accuracy
+    if found.interval.estimate < cfg.min_accuracy:
         raise InterpError(
-            f"the model gets {round(ends.accuracy * n)} of {n} clean prompts right "
+            f"the model gets {found.n_right} of {found.n} clean prompts right "
             f"(min_accuracy={cfg.min_accuracy:g}); a circuit of a task it cannot do means nothing: "
             "choose other prompts, or lower min_accuracy"
         )
-    if abs(gap) < MIN_GAP:
-        raise InterpError(
-            f"clean and corrupted prompts differ by {gap:.3g} in mean logit difference (at least {MIN_GAP} needed): "
-            "effects cannot be divided by it; choose a corruption that changes the answer"
-        )
+    check_gap(ends)
 
 
-def _notes(ends: Endpoints, data: PromptPairs) -> tuple[str, ...]:
-    low, high = ends.accuracy_interval
+def _notes(ends: Endpoints, found: Found) -> tuple[str, ...]:
     notes = [
-        f"the model is right on {round(ends.accuracy * len(data))} of {len(data)} clean prompts "
-        f"(95 % interval {low:.2f} to {high:.2f})",
+        f"the model: {ends.accuracy}",
         "denoising shows what is sufficient, noising what is necessary; effects need not add up to 1",
     ]
-    return (*notes, *data.notes)
+    for sweep_ in found.sweeps:
+        bad = [metric for metric in sweep_.metrics if not np.isfinite(sweep_.gap(metric))]
+        notes += [f"{sweep_.how.value}: the two runs do not differ in {name}; it has no effects" for name in bad]
+    for (method, how), one in found.calibrations.items():
+        notes.append(
+            f"{how.value}, {method}: {one.misses} of {one.n_checked_tail} random sites outside its top {one.n_top} "
+            f"reach {one.threshold:.3g} (the median of the top); at most {one.missed_at_most} of all {one.n_tail} do, "
+            "with 95 % confidence over the draw"
+        )
+    return (*notes, *ends.pairs.notes)
 
 
 METRICS = {
-    "accuracy": "v1: share of clean prompts with logit(right) > logit(wrong)",
+    "accuracy": "v1: share of clean prompts with the task's own metric above 0, e.g. logit(right) > logit(wrong)",
     "logit_diff": "v1: logit(right) - logit(wrong) at the last token; effect = change over the gap of the means",
     "prob": "v1: probability of the right answer at the last token; effect as above",
-    "kl": "v1: KL(donor run || patched run) at the last token, nats; effect = 1 - it over KL(donor || base)",
+    "kl": "v1: KL(goal's run || patched run) at the last token, nats, effect = 1 - it over KL(goal || base); for "
+    "ablations KL(clean || patched) over KL(clean || corrupted)",
     "attribution_correlation": "v1: Pearson correlation of the gradient estimate with the exact denoising effect, over "
     "heads where they are patched (else all sites); `_all_sites`: over every site that differs between the prompts; "
     "`_integrated`: over the same, with the gradient averaged over midpoints between the prompts",
+    "missed_at_most": "v1: sites outside the shortcut's top whose exact effect may reach the median of that top: "
+    "hypergeometric 95 % bound from a random tail; of the integrated gradient, or AtP* under ablation",
 }
 
 
 def example(model: LoadedModel) -> tuple[PromptPairs, PatchingConfig]:
     """Random tokens, which no model gets right: the refusal is off."""
-    return random_pairs(model), PatchingConfig(min_accuracy=0.0, n_steps=2)
+    return random_pairs(model), PatchingConfig(min_accuracy=0.0)
 
 
 SPEC = Spec(

@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from interp.analyses.patching_scores import OTHER, Effects, Endpoints, Scores, unrelated
-from interp.analyses.patching_wave import Patch, make_runs, patched_logits
+from interp.analyses.patching_places import Grid, sites_of
+from interp.analyses.patching_runs import Intervention, make_runs
+from interp.analyses.patching_scores import OTHER, Endpoints, Sweep, unrelated
+from interp.analyses.patching_wave import all_patches, patched_logits
 from interp.core.controls import permutation_test, rank_test
 from interp.core.result import Control
 from interp.core.seed import numpy_generator
+from interp.core.sites import Part, Site
 from interp.models.model import LoadedModel
-from interp.tasks.base import PromptPairs
+from interp.tasks.metrics import AnswerMetric
 
 IDENTITY = 1e-3
 """Nats: rounding of one forward in another batch, far below any effect."""
@@ -28,62 +31,62 @@ N_SITES = 5
 N_DRAWS = 999
 """Random sets of as many sites."""
 LEVEL = 0.05
+Cell = tuple[str, int, int]
+"""Grid, layer and index."""
 
 
-def components(effects: Effects) -> list[str]:
-    """The kinds whose sites are worth ranking: single components, since the stream's ends are 1 by construction."""
-    return [kind for kind in effects if kind != "resid_post"] or list(effects)
+def components(found: Sweep) -> list[Grid]:
+    """The grids whose cells are worth ranking: single components, since the stream's ends are 1 by construction."""
+    grids = [grid for grid in found.grids.values() if grid.window == 1]
+    return [grid for grid in grids if not grid.stream] or grids
 
 
-def best(effects: Effects, n: int) -> list[tuple[str, int, int]]:
-    """Kind, layer and index of the `n` sites with the largest |denoising effect|, ties in the order of the model."""
+def best(found: Sweep, n: int, pairs: slice = slice(None)) -> list[Cell]:
+    """The `n` cells with the largest |effect| on these pairs, ties in the order of the model."""
     ranked = [
-        (-round(abs(float(value)), 4), layer, kind, index)
-        for kind in components(effects)
-        for (layer, index), value in np.ndenumerate(effects[kind]["logit_diff"].mean(0))
+        (-round(abs(float(value)), 4), grid.layers[i], number, j, (grid.name, i, j))
+        for number, grid in enumerate(components(found))
+        for (i, j), value in np.ndenumerate(found.effect(grid.name)[pairs].mean(0))
+        if np.isfinite(value)
     ]
-    return [(kind, layer, index) for _, layer, kind, index in sorted(ranked)[:n]]
+    return [cell for *_, cell in sorted(ranked)[:n]]
 
 
-def controls(
-    model: LoadedModel, pairs: PromptPairs, ends: Endpoints, denoise: Effects, seed: int
-) -> tuple[Control, ...]:
-    """All controls that these pairs allow: other donors and other prompts need at least two pairs."""
-    found = [*_identities(model, pairs, ends), _answers(denoise)]
-    partner = unrelated(pairs)
-    if bool((partner != torch.arange(len(pairs))).all()):
-        found.append(_donor(model, pairs, ends, denoise))
-    if len(pairs) > 1:
-        found.append(_other_prompts(denoise, seed))
-    return tuple(found)
+def controls(model: LoadedModel, ends: Endpoints, found: Sweep, seed: int) -> tuple[Control, ...]:
+    """All controls that these pairs and this intervention allow."""
+    made = _identities(model, ends) if found.how in (Intervention.DENOISE, Intervention.NOISE) else []
+    made.append(_answers(found))
+    partner = unrelated(ends.pairs)
+    if found.how is Intervention.DENOISE and bool((partner != torch.arange(len(ends.pairs))).all()):
+        made.append(_donor(model, ends, found))
+    if len(ends.pairs) > 1 and all(np.isfinite(found.effect(grid.name)).all() for grid in components(found)):
+        made.append(_other_prompts(found, seed))
+    return tuple(made)
 
 
-def _identities(model: LoadedModel, pairs: PromptPairs, ends: Endpoints) -> list[Control]:
+def _identities(model: LoadedModel, ends: Endpoints) -> list[Control]:
     """No patch at all, and every position of the stream after the middle block, against whole forwards."""
     layer = model.n_layers // 2
-    runs = make_runs(model, pairs.corrupt.ids, pairs.clean.ids, ())
+    runs = make_runs(model, ends.pairs, Intervention.DENOISE, ())
+    donor = runs.donor[Site(Part.RESID_POST, layer)]
+    metric, rows = AnswerMetric(name="logit_diff", answers=ends.pairs.answers), runs.pairs
     cases = (
-        ("nothing patched gives the corrupted run", runs.through(-1, runs.base.base["resid_pre.0"]), ends.corrupt),
-        (
-            f"all positions of resid_post.{layer} patched give the clean run",
-            runs.through(layer, runs.donor.base[f"resid_post.{layer}"]),
-            ends.clean,
-        ),
+        ("nothing patched gives the corrupted run", runs.through(-1, runs.base.base["resid_pre.0"]), False),
+        (f"all positions of resid_post.{layer} patched give the clean run", runs.through(layer, donor), True),
     )
-    found: list[Control] = []
-    for name, logits, whole in cases:
-        now = Scores.of(logits, pairs.answers, ends.other)
-        error = float((now.logit_diff - whole.logit_diff).abs().max())
+    made: list[Control] = []
+    for name, logits, clean in cases:
+        error = float((metric(logits[:, -1:].float(), rows) - ends.logit_diff(clean=clean)).abs().max())
         statistic = "largest difference of logit differences (nats); the control is what rounding may do"
         passed = error <= IDENTITY
-        found.append(Control(name=name, statistic=statistic, observed=error, control=IDENTITY, passed=passed))
-    return found
+        made.append(Control(name=name, statistic=statistic, observed=error, control=IDENTITY, passed=passed))
+    return made
 
 
-def _answers(denoise: Effects) -> Control:
+def _answers(found: Sweep) -> Control:
     """The same patches, scored by answers of unrelated prompts: the largest effect of each, over the same sites."""
     largest = {
-        metric: max(float(np.abs(denoise[kind][metric].mean(0)).max()) for kind in components(denoise))
+        metric: max(float(np.nanmax(np.abs(found.effect(grid.name, metric).mean(0)))) for grid in components(found))
         for metric in ("logit_diff", OTHER)
     }
     return Control(
@@ -95,25 +98,27 @@ def _answers(denoise: Effects) -> Control:
     )
 
 
-def _donor(model: LoadedModel, pairs: PromptPairs, ends: Endpoints, denoise: Effects) -> Control:
+def _donor(model: LoadedModel, ends: Endpoints, found: Sweep) -> Control:
     """The best sites, taken from another pair's clean run. Compared by pair: signs of the difference are flipped.
 
     The probability, not the logit difference: any other name in place of the corrupted one takes the wrong answer away
     and so closes half of the gap between the two logits, without bringing the right one back.
     """
-    sites = best(denoise, N_SITES)
-    runs = make_runs(model, pairs.corrupt.ids, pairs.clean.ids[unrelated(pairs)], list({kind for kind, _, _ in sites}))
-    patches = [Patch(kind, layer, index, row) for kind, layer, index in sites for row in range(len(pairs))]
-    theirs = np.zeros(len(pairs))
-    gap = float((ends.clean.prob - ends.corrupt.prob).mean()) or 1.0
-    for wave, logits in patched_logits(model, runs, patches, "patching: unrelated donor"):
-        rows = torch.tensor([patch.prompt for patch in wave])
-        moved = Scores.of(logits, pairs.answers[rows], ends.other[rows]).prob - ends.corrupt.prob[rows]
-        np.add.at(theirs, rows.numpy(), moved.double().cpu().numpy() / gap / len(sites))
-    own = np.stack([denoise[kind]["prob"][:, layer, index] for kind, layer, index in sites]).mean(0)
+    pairs, cells = ends.pairs, best(found, N_SITES)
+    grids = [grid for grid in found.grids.values() if grid.name in {cell[0] for cell in cells}]
+    donor = pairs.clean.ids[unrelated(pairs)]
+    runs = make_runs(model, pairs, Intervention.DENOISE, sites_of(grids), donor=donor)
+    metric = AnswerMetric(name="prob", answers=pairs.answers)
+    base, theirs = ends.values(metric, clean=False), np.zeros(len(pairs))
+    gap = float((ends.values(metric, clean=True) - base).mean()) or 1.0
+    for wave, logits in patched_logits(model, runs, all_patches(grids, runs, set(cells)), "patching: unrelated donor"):
+        rows = torch.tensor([patch.row for patch in wave])
+        moved = metric(logits.float(), rows).cpu() - base.cpu()[rows]
+        np.add.at(theirs, rows.numpy(), moved.double().numpy() / gap / len(cells))
+    own = np.stack([found.moved[grid]["prob"][:, i, j] / gap for grid, i, j in cells]).mean(0)
     p = permutation_test(own, theirs, paired=True, alternative="greater").p
     return Control(
-        name=f"the {len(sites)} best sites taken from unrelated clean prompts",
+        name=f"the {len(cells)} best sites taken from unrelated clean prompts",
         statistic="share of the answer's probability restored, mean over sites and prompts; passes at p < 0.05",
         observed=float(own.mean()),
         control=float(theirs.mean()),
@@ -122,17 +127,16 @@ def _donor(model: LoadedModel, pairs: PromptPairs, ends: Endpoints, denoise: Eff
     )
 
 
-def _other_prompts(denoise: Effects, seed: int) -> Control:
+def _other_prompts(found: Sweep, seed: int) -> Control:
     """Sites chosen on one half of the prompts, measured on the other, against random sites measured there."""
-    values = {kind: denoise[kind]["logit_diff"] for kind in components(denoise)}
-    half = len(next(iter(values.values()))) // 2
-    sites = best({kind: {"logit_diff": value[:half]} for kind, value in values.items()}, N_SITES)
-    mean = {kind: np.abs(value[half:].mean(0)) for kind, value in values.items()}
-    observed = float(np.mean([mean[kind][layer, index] for kind, layer, index in sites]))
-    null = _random_sets([mean[kind].ravel() for kind, _, _ in sites], seed)
+    half = len(next(iter(found.base.values()))) // 2
+    cells = best(found, N_SITES, slice(half))
+    mean = {grid.name: np.abs(found.effect(grid.name)[half:].mean(0)) for grid in components(found)}
+    observed = float(np.mean([mean[grid][i, j] for grid, i, j in cells]))
+    null = _random_sets([mean[grid].ravel() for grid, _, _ in cells], seed)
     p = rank_test(observed, null)
     return Control(
-        name=f"{N_DRAWS} sets of {len(sites)} random sites of the same kinds",
+        name=f"{N_DRAWS} sets of {len(cells)} random sites of the same kinds",
         statistic="mean |effect| on prompts that the sites were not chosen on; the control is the 95th percentile",
         observed=observed,
         control=float(np.quantile(null, 0.95)),

@@ -1,90 +1,85 @@
-"""Metrics and effects of patching, per prompt (a helper of `patching`)."""
+"""Metrics and effects of patching, per prompt (a helper of `patching`).
+
+    effect = (M(patched) - M(base)) / (mean M(goal) - mean M(base))
+where the goal is the clean run if values are put back, the corrupted run if they are taken away.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.analyses.patching_wave import HEAD_KINDS, all_patches, make_runs, patched_logits
+from interp.analyses.patching_places import Grid, sites_of
+from interp.analyses.patching_runs import Intervention, Runs, make_runs
+from interp.analyses.patching_wave import all_patches, patched_logits
+from interp.core.errors import InterpError
 from interp.core.seed import numpy_generator, torch_generator
 from interp.models.model import LoadedModel
 from interp.tasks.base import PromptPairs
+from interp.tasks.library import Accuracy
+from interp.tasks.metrics import AnswerMetric, Divergence, Metric
 
-METRIC_NAMES = ("logit_diff", "prob", "kl")
 OTHER = "other_answers"
 """The logit difference of an unrelated pair's answers: a control, which should not move."""
-
-
-class Direction(Enum):
-    """Which run is patched with the other's activations."""
-
-    DENOISE = "denoising"
-    NOISE = "noising"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Scores:
-    """Metrics of some logits (pair, vocab), one value per pair."""
-
-    logit_diff: Tensor
-    prob: Tensor
-    other_answers: Tensor
-    log_probs: Tensor
-
-    @classmethod
-    def of(
-        cls, logits: Float[Tensor, "pair vocab"], answers: Int[Tensor, "pair 2"], other: Int[Tensor, "pair 2"]
-    ) -> Scores:
-        log_probs = logits.float().log_softmax(-1)
-        chosen, unrelated = (log_probs.gather(1, ids.to(log_probs.device)) for ids in (answers, other))
-        return cls(
-            logit_diff=chosen[:, 0] - chosen[:, 1],
-            prob=chosen[:, 0].exp(),
-            other_answers=unrelated[:, 0] - unrelated[:, 1],
-            log_probs=log_probs,
-        )
+MIN_GAP = {"prob": 0.01, "prob_diff": 0.01}
+"""Smallest difference of the two runs' means that effects may be divided by, by metric."""
+MIN_GAP_ELSEWHERE = 0.05
+"""In nats, for all others."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Endpoints:
     """The two unpatched runs."""
 
-    clean: Scores
-    corrupt: Scores
+    pairs: PromptPairs
+    clean: Float[Tensor, "pair last vocab"]
+    corrupt: Float[Tensor, "pair last vocab"]
     other: Int[Tensor, "pair 2"]
     """Answers of an unrelated pair."""
+    primary: Metric
+    """What sites are ranked and the shortcuts judged by."""
+
+    def metrics(self, how: Intervention) -> dict[str, Metric]:
+        """The primary metric first, then the usual ones, KL to the run that is the goal (to the clean run for
+        ablations, which have no goal of their own), and the control."""
+        answers = self.pairs.answers
+        toward = self.corrupt if how is Intervention.NOISE else self.clean
+        found: list[Metric] = [
+            self.primary,
+            *(AnswerMetric(name=name, answers=answers) for name in ("logit_diff", "prob")),
+            Divergence(reference=toward.float().log_softmax(-1)[:, -1:]),
+        ]
+        kept: dict[str, Metric] = {}
+        for metric in found:
+            kept.setdefault(metric.name, metric)
+        return kept | {OTHER: AnswerMetric(name="logit_diff", answers=self.other)}
+
+    def values(self, metric: Metric, *, clean: bool) -> Float[Tensor, " pair"]:
+        logits = (self.clean if clean else self.corrupt).float()
+        return metric(logits[:, -metric.n_last :], torch.arange(len(logits)))
+
+    def logit_diff(self, *, clean: bool) -> Float[Tensor, " pair"]:
+        return self.values(AnswerMetric(name="logit_diff", answers=self.pairs.answers), clean=clean)
 
     @property
-    def clean_mean(self) -> float:
-        return float(self.clean.logit_diff.mean())
+    def accuracy(self) -> Accuracy:
+        """Clean prompts that the model gets right, by the task's own metric."""
+        right = self.values(self.pairs.metric(), clean=True) > 0
+        top1 = int((self.clean[:, -1].argmax(-1).cpu() == self.pairs.answers[:, 0]).sum())
+        return Accuracy(n_right=int(right.sum()), n=len(right), n_top1=top1, right=tuple(right.tolist()))
 
-    @property
-    def corrupt_mean(self) -> float:
-        return float(self.corrupt.logit_diff.mean())
 
-    def shares(self, direction: Direction, metric: str) -> Float[np.ndarray, " pair"]:
-        """Each pair's gap between donor and base over the mean gap: what its effects are fractions of."""
-        base, donor = (self.corrupt, self.clean) if direction is Direction.DENOISE else (self.clean, self.corrupt)
-        gap = kl(donor.log_probs, base.log_probs) if metric == "kl" else getattr(donor, metric) - getattr(base, metric)
-        return (gap / (float(gap.mean()) or 1.0)).double().cpu().numpy()
-
-    @property
-    def accuracy(self) -> float:
-        """Share of clean prompts with the right answer above the wrong one."""
-        return float((self.clean.logit_diff > 0).double().mean())
-
-    @property
-    def accuracy_interval(self) -> tuple[float, float]:
-        """Wilson interval, 95 %."""
-        n, p, z = len(self.clean.logit_diff), self.accuracy, 1.959964
-        middle, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return float((middle - spread) / (1 + z * z / n)), float((middle + spread) / (1 + z * z / n))
+def endpoints(model: LoadedModel, pairs: PromptPairs, metric: str | Metric = "") -> Endpoints:
+    """Run both prompts of every pair untouched. A metric by name (`""`: the task's own), or one of your own."""
+    n_last = max(pairs.metric().n_last, 1 if isinstance(metric, str) else metric.n_last)
+    clean, corrupt = (model(record.ids)[:, -n_last:].clone() for record in (pairs.clean, pairs.corrupt))
+    primary = pairs.metric(metric, reference=clean[:, -1:].float()) if isinstance(metric, str) else metric
+    return Endpoints(pairs=pairs, clean=clean, corrupt=corrupt, other=_other_answers(model, pairs), primary=primary)
 
 
 def unrelated(pairs: PromptPairs) -> Int[Tensor, " pair"]:
@@ -107,53 +102,101 @@ def _other_answers(model: LoadedModel, pairs: PromptPairs) -> Int[Tensor, "pair 
     return other
 
 
-def endpoints(model: LoadedModel, pairs: PromptPairs) -> Endpoints:
-    """Run both prompts of every pair untouched."""
-    other = _other_answers(model, pairs)
-    clean, corrupt = model(pairs.clean.ids)[:, -1], model(pairs.corrupt.ids)[:, -1]
-    return Endpoints(
-        clean=Scores.of(clean, pairs.answers, other), corrupt=Scores.of(corrupt, pairs.answers, other), other=other
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sweep:
+    """What every patch did, prompt by prompt. Arrays are (pair, layer, index) of their grid."""
+
+    how: Intervention
+    grids: Mapping[str, Grid]
+    primary: str
+    base: Mapping[str, Float[np.ndarray, " pair"]]
+    """By metric: the run that is patched."""
+    goal: Mapping[str, Float[np.ndarray, " pair"]]
+    """By metric: the run whose distance from the base is the unit."""
+    moved: Mapping[str, Mapping[str, Float[np.ndarray, "pair layer index"]]]
+    """By grid and metric: M(patched) - M(base), mean over draws."""
+
+    def gap(self, metric: str) -> float:
+        """What effects are divided by; nan where the runs do not differ."""
+        unit = OTHER if metric == OTHER else metric
+        names = "logit_diff" if unit == OTHER else unit
+        found = float((self.goal[names] - self.base[names]).mean())
+        return found if abs(found) > 1e-9 else float("nan")
+
+    def effect(self, grid: str, metric: str = "") -> Float[np.ndarray, "pair layer index"]:
+        """Share of the mean gap, for every pair; averaging over pairs gives the ratio of means."""
+        name = metric or self.primary
+        return self.moved[grid][name] / self.gap(name)
+
+    def shares(self, metric: str = "") -> Float[np.ndarray, " pair"]:
+        """Each pair's gap over the mean gap: the effect of full restoration."""
+        name = metric or self.primary
+        return (self.goal[name] - self.base[name]) / self.gap(name)
+
+    @property
+    def metrics(self) -> list[str]:
+        return [name for name in self.base if name != OTHER]
+
+
+def sweep(
+    model: LoadedModel,
+    ends: Endpoints,
+    grids: Sequence[Grid],
+    how: Intervention,
+    *,
+    seed: int = 0,
+    cells: set[tuple[str, int, int]] | None = None,
+    runs: Runs | None = None,
+) -> Sweep:
+    """Exact effects of every patch of every pair; of the given cells only, if any are given (nan elsewhere)."""
+    pairs, metrics = ends.pairs, ends.metrics(how)
+    n_last = max(metric.n_last for metric in metrics.values())
+    runs = runs or make_runs(model, pairs, how, sites_of(grids), seed=seed, n_last=n_last)
+    at_base = {name: m(runs.base.logits[:, -m.n_last :].float(), runs.pairs) for name, m in metrics.items()}
+    share = len(pairs) / len(runs.pairs)
+    moved = {g.name: {m: np.zeros((len(pairs), len(g.layers), len(g.labels))) for m in metrics} for g in grids}
+    patches, label = all_patches(grids, runs, cells), f"patching: {how.value}"
+    for wave, logits in patched_logits(model, runs, patches, label, n_last=n_last):
+        rows = torch.tensor([patch.row for patch in wave])
+        where = [(patch.cell[0], (patch.pair, *patch.cell[1:])) for patch in wave]
+        for name, metric in metrics.items():
+            values = metric(logits[:, -metric.n_last :].float(), runs.pairs[rows])
+            values = (values - at_base[name][rows.to(logits.device)]).double().tolist()
+            for (grid, cell), value in zip(where, values, strict=True):
+                moved[grid][name][cell] += share * value
+    if cells is not None:
+        for grid in grids:
+            for i, j in np.ndindex(len(grid.layers), len(grid.labels)):
+                if (grid.name, i, j) not in cells:
+                    for values in moved[grid.name].values():
+                        values[:, i, j] = np.nan
+    goal = {name: ends.values(metric, clean=how.restores) for name, metric in metrics.items()}
+    return Sweep(
+        how=how,
+        grids={grid.name: grid for grid in grids},
+        primary=ends.primary.name,
+        base={name: _by_pair(values, runs.pairs, len(pairs)) for name, values in at_base.items()},
+        goal={name: values.double().cpu().numpy() for name, values in goal.items()},
+        moved=moved,
     )
 
 
-Effects = Mapping[str, Mapping[str, Float[np.ndarray, "pair layer index"]]]
-"""kind -> metric -> normalised effect of every pair; averaging over pairs gives the ratio of means."""
+def _by_pair(values: Tensor, pairs: Tensor, n: int) -> Float[np.ndarray, " pair"]:
+    """The mean over each pair's rows."""
+    total = torch.zeros(n, dtype=torch.double).index_add(0, pairs, values.double().cpu())
+    return (total / torch.bincount(pairs, minlength=n)).numpy()
 
 
-def measure(
-    model: LoadedModel, pairs: PromptPairs, ends: Endpoints, kinds: Sequence[str], direction: Direction
-) -> Effects:
-    """Exact effects of every patch of every pair."""
-    denoise = direction is Direction.DENOISE
-    base, donor = (ends.corrupt, ends.clean) if denoise else (ends.clean, ends.corrupt)
-    first, second = (pairs.corrupt, pairs.clean) if denoise else (pairs.clean, pairs.corrupt)
-    runs = make_runs(model, first.ids, second.ids, kinds)
-    shape = {
-        k: (len(pairs), model.n_layers, (model.dims.n_heads or 0) if k in HEAD_KINDS else pairs.n_pos) for k in kinds
-    }
-    found = {k: {m: np.zeros(shape[k]) for m in (*METRIC_NAMES, OTHER)} for k in kinds}
-    patches = all_patches(model, pairs.n_pos, kinds, len(pairs))
-    gap = float((donor.logit_diff - base.logit_diff).mean())
-    gap_prob = float((donor.prob - base.prob).mean())
-    kl_base = kl(donor.log_probs, base.log_probs)
-    for wave, logits in patched_logits(model, runs, patches, f"patching: {direction.value}"):
-        rows = torch.tensor([patch.prompt for patch in wave])
-        now = Scores.of(logits, pairs.answers[rows], ends.other[rows])
-        moved = {
-            "logit_diff": (now.logit_diff - base.logit_diff[rows]) / gap,
-            "prob": (now.prob - base.prob[rows]) / (gap_prob or 1.0),
-            "kl": (kl_base[rows] - kl(donor.log_probs[rows], now.log_probs)) / (float(kl_base.mean()) or 1.0),
-            OTHER: (now.other_answers - base.other_answers[rows]) / gap,
-        }
-        for metric, values in moved.items():
-            for patch, value in zip(wave, values.tolist(), strict=True):
-                found[patch.kind][metric][patch.prompt, patch.layer, patch.index] = value
-    return found
-
-
-def kl(p: Tensor, q: Tensor) -> Float[Tensor, " pair"]:
-    """KL(p || q) of log-probabilities, nats."""
-    return (p.exp() * (p - q)).sum(-1)
+def check_gap(ends: Endpoints) -> None:
+    """Refuse a denominator that is nearly nothing."""
+    name = ends.primary.name
+    gap = float((ends.values(ends.primary, clean=True) - ends.values(ends.primary, clean=False)).mean())
+    least = MIN_GAP.get(name, MIN_GAP_ELSEWHERE)
+    if not abs(gap) >= least:
+        raise InterpError(
+            f"clean and corrupted prompts differ by {gap:.3g} in mean {name} (at least {least} needed): "
+            "effects cannot be divided by it; choose a corruption that changes the answer"
+        )
 
 
 N_RESAMPLES = 2000

@@ -1,137 +1,112 @@
-"""Exact activation patching of many sites in one pass through the layers (a helper of `patching`).
+"""Exact activation patching of many places in one pass through the layers (a helper of `patching`).
 
 A patch at layer l changes nothing before it. So the layers are walked once: at each, the patched streams that enter
 there join a growing batch, and the batch goes through the next block together. The weights are read once per layer
-instead of once per site. Two exact savings on top: a patch at position p changes nothing before p either, so what
+instead of once per place. Two exact savings on top: a patch at position p changes nothing before p either, so what
 stands before comes from a key-value cache, and a patch that would replace a value by itself is not run at all.
+How many rows are in flight at once is for `patching_plan` to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp.analyses.patching_places import Grid, Place
+from interp.analyses.patching_plan import SweepPlan, plan_sweep
+from interp.analyses.patching_runs import Runs
 from interp.core.progress import track
+from interp.core.sites import Part, Site
 from interp.instrument.blocks import BlockRunner
 from interp.instrument.edits import Context, Edit, edited
+from interp.instrument.select import position_axis
 from interp.models.model import LoadedModel
 
-POSITION_KINDS = ("resid_post", "attn_out", "mlp_out")
-HEAD_KINDS = ("z",)
-KINDS = (*POSITION_KINDS, *HEAD_KINDS)
-TOKENS_PER_PASS = 2048
-"""Positions computed together, at most: bounds memory."""
-PER_PASS = 128
-"""Rows whose logits are held at once: the vocabulary is wide."""
 FEW = 256
 """Rows below which positions are not walked apart: reading the weights again would cost more than it saves."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Patch:
-    """One patch of one prompt: at a position (residual kinds, absolute) or of a head at all positions (z)."""
+    """One place patched in one row of the base run."""
 
-    kind: str
-    layer: int
-    index: int
-    prompt: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runs:
-    """The two runs of the pairs, on positions from the first difference on."""
-
-    base: BlockRunner
-    donor: BlockRunner
-    start: int
-    later: dict[int, BlockRunner] = field(default_factory=dict[int, BlockRunner])
-    """Runners of the base prompts from a later position on, made when first asked for."""
-
-    def values(self, kind: str, layer: int) -> tuple[Tensor, Tensor]:
-        """Base and donor activation of a kind at a layer."""
-        return self.base.base[f"{kind}.{layer}"], self.donor.base[f"{kind}.{layer}"]
-
-    def runner(self, start: int) -> BlockRunner:
-        """The base prompts from `start` on."""
-        if start not in self.later:
-            self.later[start] = self.base.later(start)
-        return self.later[start]
-
-    def through(self, layer: int, resid: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair vocab"]:
-        """Logits at the last position of streams, one per pair, that have left block `layer` (-1: the embedding)."""
-        rows = torch.arange(len(resid), device=resid.device)
-        for later in range(layer + 1, len(self.base.layers)):
-            resid = self.base.block(later, resid, rows)
-        return self.base.head(resid[:, -1:])[:, 0]
+    place: Place
+    row: int
+    pair: int
+    cell: tuple[str, int, int]
+    """Grid, layer and index, for who gathers the results."""
 
 
-def make_runs(
-    model: LoadedModel, base: Int[Tensor, "pair pos"], donor: Int[Tensor, "pair pos"], kinds: Sequence[str]
-) -> Runs:
-    """Run both prompts once, keeping what the patches need."""
-    start = int((base != donor).any(dim=0).int().argmax())
-    sites = ["resid_pre.*", *(f"{kind}.*" for kind in dict.fromkeys((*kinds, "resid_post")))]
-    return Runs(
-        base=BlockRunner(model, base, start=start, sites=sites),
-        donor=BlockRunner(model, donor, start=start, sites=sites),
-        start=start,
-    )
-
-
-def all_patches(model: LoadedModel, n_pos: int, kinds: Sequence[str], n_prompts: int) -> list[Patch]:
-    """Every patch of every prompt, also those that cannot have an effect."""
-    n_heads = model.dims.n_heads or 0
+def all_patches(grids: Sequence[Grid], runs: Runs, cells: set[tuple[str, int, int]] | None = None) -> list[Patch]:
+    """Every patch of every row, also those that cannot have an effect; of the given cells only, if any are given."""
     return [
-        Patch(kind, layer, index, prompt)
-        for kind in kinds
-        for layer in range(model.n_layers)
-        for index in range(n_heads if kind in HEAD_KINDS else n_pos)
-        for prompt in range(n_prompts)
+        Patch(place, row, pair, (grid.name, i, j))
+        for grid in grids
+        for i, places in enumerate(grid.places)
+        for j, place in enumerate(places)
+        if cells is None or (grid.name, i, j) in cells
+        for row, pair in enumerate(runs.pairs.tolist())
     ]
 
 
 def changing(runs: Runs, patches: Sequence[Patch]) -> list[Patch]:
     """The patches whose donor value differs from the base value at all."""
-    differ: dict[tuple[str, int], list[list[bool]]] = {}
-    for kind, layer in {(patch.kind, patch.layer) for patch in patches}:
-        base, donor = runs.values(kind, layer)
-        unequal = (base != donor).any(dim=-1)
-        differ[kind, layer] = (unequal.any(dim=1) if kind in HEAD_KINDS else unequal).tolist()
+    differ: dict[tuple[Site, bool], Tensor] = {}
     kept: list[Patch] = []
     for patch in patches:
-        index = patch.index - (0 if patch.kind in HEAD_KINDS else runs.start)
-        if index >= 0 and differ[patch.kind, patch.layer][patch.prompt][index]:
-            kept.append(patch)
+        place = patch.place
+        at = place.position(patch.pair)
+        if at is not None and at < runs.start:
+            continue
+        for site in place.sites:
+            key = (site, place.unit is None)
+            if key not in differ:
+                differ[key] = _unequal(runs, site, whole=key[1])
+            where = differ[key][patch.row] if at is None else differ[key][patch.row, at - runs.start]
+            if bool((where if place.unit is None else where[..., place.unit]).any()):
+                kept.append(patch)
+                break
     return kept
 
 
+def _unequal(runs: Runs, site: Site, *, whole: bool) -> Bool[Tensor, "row pos *unit"]:
+    unequal = by_position(site, runs.base.base[site] != runs.donor[site])
+    if whole:
+        return unequal.flatten(2).any(2)
+    return unequal.flatten(3).any(3) if unequal.ndim > 3 else unequal
+
+
 def patched_logits(
-    model: LoadedModel, runs: Runs, patches: Sequence[Patch], label: str
-) -> Iterator[tuple[list[Patch], Float[Tensor, "patch vocab"]]]:
-    """Batch by batch, the patches that change something with their logits at the last position.
+    model: LoadedModel, runs: Runs, patches: Sequence[Patch], label: str, *, n_last: int = 1,
+    plan: SweepPlan | None = None,
+) -> Iterator[tuple[list[Patch], Float[Tensor, "patch last vocab"]]]:  # fmt: skip
+    """Batch by batch, the patches that change something with their logits at the last positions.
 
     The others are left out: their effect is exactly 0.
     """
+    n_pos = runs.start + runs.base.logits.shape[1]
+    plan = plan or plan_sweep(model, n_pos, n_last)
     waves: list[tuple[int, list[Patch]]] = []
-    for start, group in _groups(runs, changing(runs, patches)):
-        n_rows = max(1, TOKENS_PER_PASS // (runs.base.logits.shape[1] + runs.start - start))
-        group.sort(key=lambda patch: patch.layer)
+    for start, group in _groups(runs, changing(runs, patches), n_pos - n_last):
+        n_rows = max(1, plan.tokens // (n_pos - start))
+        group.sort(key=lambda patch: patch.place.layer)
         waves += [(start, group[i : i + n_rows]) for i in range(0, len(group), n_rows)]
     for start, wave in track(waves, label):
         resid, order = _wave(model, runs, wave, start)
-        for i in range(0, len(order), PER_PASS):
-            yield order[i : i + PER_PASS], runs.base.head(resid[i : i + PER_PASS, -1:])[:, 0]
+        for i in range(0, len(order), plan.logit_rows):
+            yield order[i : i + plan.logit_rows], runs.base.head(resid[i : i + plan.logit_rows, -n_last:])
 
 
-def _groups(runs: Runs, patches: Sequence[Patch]) -> list[tuple[int, list[Patch]]]:
+def _groups(runs: Runs, patches: Sequence[Patch], latest: int) -> list[tuple[int, list[Patch]]]:
     """Patches by the first position that they change; small groups join the one before."""
     by_start: dict[int, list[Patch]] = {}
     for patch in patches:
-        by_start.setdefault(runs.start if patch.kind in HEAD_KINDS else patch.index, []).append(patch)
+        at = patch.place.position(patch.pair)
+        by_start.setdefault(runs.start if at is None else min(at, latest), []).append(patch)
     groups: list[tuple[int, list[Patch]]] = []
     for start, group in sorted(by_start.items()):
         if groups and len(groups[-1][1]) < FEW:
@@ -146,51 +121,80 @@ def _wave(model: LoadedModel, runs: Runs, patches: Sequence[Patch], start: int) 
     runner = runs.runner(start)  # before any edit is open
     first = runs.base.base["resid_pre.0"][:, start - runs.start :]
     resid, order = first.new_empty((0, *first.shape[1:])), list[Patch]()
-    for layer in range(patches[0].layer, model.n_layers):
-        inside = [p for p in patches if p.layer == layer and p.kind != "resid_post"]
-        after = [p for p in patches if p.layer == layer and p.kind == "resid_post"]
+    for layer in range(patches[0].place.layer, model.n_layers):
+        here = [patch for patch in patches if patch.place.layer == layer]
+        after = [patch for patch in here if patch.place.sites[0].part is Part.RESID_POST]
+        inside = [patch for patch in here if patch.place.sites[0].part is not Part.RESID_POST]
         if order or inside:
-            before = runs.base.base[f"resid_pre.{layer}"][_prompts(inside), start - runs.start :]
-            rows = _prompts([*order, *inside]).to(resid.device)
-            resid = torch.cat([resid, before])
-            edits = [
-                _insert(runs, kind, layer, [(len(order) + i, p) for i, p in enumerate(inside) if p.kind == kind], start)
-                for kind in dict.fromkeys(patch.kind for patch in inside)
-            ]
-            if edits:
-                with edited(model, edits):
-                    resid = runner.block(layer, resid, rows)
-            else:
-                resid = runner.block(layer, resid, rows)
-            order += inside
+            before = runs.base.base[f"resid_pre.{layer}"][_rows(inside), start - runs.start :]
+            resid, order = torch.cat([resid, before]), [*order, *inside]
+            resid = _through(model, runs, runner, layer, resid, order)
         if after:
-            base, _ = runs.values("resid_post", layer)
-            streams = base[_prompts(after), start - runs.start :]
-            resid = torch.cat([resid, _placed(runs, streams, "resid_post", layer, list(enumerate(after)), start)])
-            order += after
+            streams = runs.base.base[f"resid_post.{layer}"][_rows(after), start - runs.start :]
+            resid, order = torch.cat([resid, streams]), [*order, *after]
+        ends = _at(order, Site(Part.RESID_POST, layer))
+        if ends:
+            resid = _placed(runs, resid.clone(), Site(Part.RESID_POST, layer), ends, start)
     return resid, order
 
 
-def _prompts(patches: Sequence[Patch]) -> Int[Tensor, " patch"]:
-    return torch.tensor([patch.prompt for patch in patches], dtype=torch.long)
+def _through(
+    model: LoadedModel, runs: Runs, runner: BlockRunner, layer: int, resid: Tensor, order: Sequence[Patch]
+) -> Tensor:
+    """The streams through one block, with what the rows' patches replace in it."""
+    sites = {s for patch in order for s in patch.place.sites if s.layer == layer and s.part is not Part.RESID_POST}
+    rows = _rows(order).to(resid.device)
+    edits = [insertion(runs, site, _at(order, site), runner.start) for site in sorted(sites, key=str)]
+    if not edits:
+        return runner.block(layer, resid, rows)
+    with edited(model, edits):
+        return runner.block(layer, resid, rows)
 
 
-def _insert(runs: Runs, kind: str, layer: int, rows: Sequence[tuple[int, Patch]], start: int) -> Edit:
+def _rows(patches: Sequence[Patch]) -> Int[Tensor, " patch"]:
+    return torch.tensor([patch.row for patch in patches], dtype=torch.long)
+
+
+def _at(order: Sequence[Patch], site: Site) -> list[tuple[int, Patch]]:
+    """The rows in flight, by number, that are patched at the site."""
+    return [(i, patch) for i, patch in enumerate(order) if site in patch.place.sites]
+
+
+def insertion(runs: Runs, site: Site, rows: Sequence[tuple[int, Patch]], start: int) -> Edit:
     """Puts the donor's values into their rows."""
 
     def function(x: Tensor, _: Context) -> Tensor:
-        return _placed(runs, x.clone(), kind, layer, rows, start)
+        return _placed(runs, x.clone(), site, rows, start)
 
-    return Edit(f"{kind}.{layer}", function, label="patch")
+    return Edit(site, function, label="patch")
 
 
-def _placed(runs: Runs, x: Tensor, kind: str, layer: int, rows: Sequence[tuple[int, Patch]], start: int) -> Tensor:
+def _placed(runs: Runs, x: Tensor, site: Site, rows: Sequence[tuple[int, Patch]], start: int) -> Tensor:
     """`x`, positions from `start` on, with the donor's values written into the rows of their patches."""
-    _, donor = runs.values(kind, layer)
-    where = torch.tensor([row for row, _ in rows])
-    prompts, index = _prompts([p for _, p in rows]), torch.tensor([p.index for _, p in rows])
-    if kind in HEAD_KINDS:
-        x[where, :, index] = donor[prompts, start - runs.start :, index]
-    else:
-        x[where, index - start] = donor[prompts, index - runs.start]
+    view, donor = by_position(site, x), by_position(site, runs.donor[site])
+    donor = donor[:, start - runs.start :]
+    groups: dict[tuple[bool, bool], list[tuple[int, Patch]]] = {}
+    for row, patch in rows:
+        groups.setdefault((patch.place.at is None, patch.place.unit is None), []).append((row, patch))
+    for (everywhere, whole), members in groups.items():
+        index = [
+            [row for row, _ in members],
+            [patch.row for _, patch in members],
+            [(patch.place.position(patch.pair) or 0) - start for _, patch in members],
+            [patch.place.unit or 0 for _, patch in members],
+        ]
+        to, source, at, unit = (torch.tensor(numbers, device=x.device) for numbers in index)
+        if everywhere and whole:
+            view[to] = donor[source]
+        elif everywhere:
+            view[to, :, unit] = donor[source, :, unit]
+        elif whole:
+            view[to, at] = donor[source, at]
+        else:
+            view[to, at, unit] = donor[source, at, unit]
     return x
+
+
+def by_position(site: Site, x: Tensor) -> Tensor:
+    """A view with rows and positions first, then heads (or experts, neurons) where there are any."""
+    return x.transpose(1, 2) if position_axis(site) == 2 else x

@@ -26,6 +26,7 @@ import typer
 from interp.cli import console, options
 from interp.cli.bench_capture import Group, Notes, capture_groups
 from interp.cli.bench_memory import peak_bytes
+from interp.cli.bench_patching import patching_groups
 from interp.cli.bench_sae import sae_groups
 from interp.core.errors import ArtefactError, unknown
 
@@ -73,7 +74,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns each system gets.")] = 5,
     threads: Annotated[int, typer.Option("--threads", min=0, help="torch threads; 0 leaves torch's choice.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="capture: also in bfloat16, with its error per part.")] = False,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="capture, sae: beside other libraries.")] = True,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Beside other libraries.")] = True,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON here as well.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -173,8 +174,8 @@ def _race(work: str, group: Group, rounds: int) -> list[Timing]:
             began, busy = time.perf_counter(), time.process_time()
             result = run()
             if number:
-                cpu[name].append(time.process_time() - busy)
-                seconds[name].append(time.perf_counter() - began)
+                cpu[name].append((time.process_time() - busy) * group.scale.get(name, 1.0))
+                seconds[name].append((time.perf_counter() - began) * group.scale.get(name, 1.0))
             del result  # before the next begins: its memory is nobody's help or burden
     first, first_cpu = next(iter(seconds.values())), statistics.median(next(iter(cpu.values())))
     reference: Any = None
@@ -225,10 +226,7 @@ def _store(_bench: Bench) -> Iterator[Group]:
 
 
 def _patching(bench: Bench) -> Iterator[Group]:
-    """All resid_post sites of one IOI pair: one forward per site (timed on a tenth, scaled up below), and ours."""
-    from interp.analyses.patching_bench import bench_systems
-
-    yield Group(case="resid_post", systems=bench_systems(bench.model))
+    return patching_groups(bench.model, bench.notes, with_peers=bench.peers)
 
 
 def _sae(bench: Bench) -> Iterator[Group]:

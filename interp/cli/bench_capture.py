@@ -23,6 +23,8 @@ class Group:
 
     case: str
     systems: Systems
+    scale: dict[str, float] = field(default_factory=dict[str, float])
+    """Times of a system that does a part of the work are multiplied with this."""
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,77 @@
+"""What one run of patching measures: exact sweeps and the shortcuts beside them (a helper of `patching`).
+
+Without a budget every site is measured, and the gradient and its integrated form stand beside. With one, the gradient,
+the integrated form and AtP* each rank all sites; the top and a random tail of each are measured, all in one sweep.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from interp.analyses.patching_budget import Calibration, Chosen, calibrate, choose
+from interp.analyses.patching_gradient import Estimates, atp_star, estimates
+from interp.analyses.patching_places import Grid, sites_of
+from interp.analyses.patching_runs import Intervention, Runs, make_runs
+from interp.analyses.patching_scores import Endpoints, Sweep, sweep
+from interp.analyses.patching_views import Shortcut
+from interp.models.model import LoadedModel
+
+GRADIENT, INTEGRATED, STAR = "gradient", "integrated gradient", "AtP*"
+N_STEPS = 5
+"""Midpoints of the integrated gradient (Hanna et al. 2024)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """Everything that was measured."""
+
+    sweeps: list[Sweep]
+    shortcuts: list[Shortcut]
+    calibrations: Mapping[tuple[str, Intervention], Calibration]
+    seconds: float
+    """Of the exact measurements."""
+
+
+def measure(
+    model: LoadedModel, ends: Endpoints, grids: Sequence[Grid], hows: Sequence[Intervention], budget: int, seed: int
+) -> Found:
+    """Every site exactly and the two usual shortcuts; or all shortcuts, and exactly what the budget allows."""
+    sweeps: list[Sweep] = []
+    shortcuts: list[Shortcut] = []
+    calibrations: dict[tuple[str, Intervention], Calibration] = {}
+    seconds = 0.0
+    n_last = max(ends.primary.n_last, ends.pairs.metric().n_last)
+    for number, how in enumerate(hows):
+        runs = make_runs(model, ends.pairs, how, sites_of(grids), seed=seed, n_last=n_last)
+        guesses = _guesses(model, ends, grids, runs, first=not number, star=budget > 0)
+        chosen: dict[str, Chosen] = {}
+        if budget:
+            means = {method: {name: v.mean(0) for name, v in guess.items()} for method, guess in guesses.items()}
+            chosen = {method: choose(grids, mean, budget, seed, runs.start) for method, mean in means.items()}
+        cells = set[tuple[str, int, int]]().union(*(one.cells for one in chosen.values())) if chosen else None
+        began = time.perf_counter()
+        sweeps.append(sweep(model, ends, grids, how, seed=seed, cells=cells, runs=runs))
+        seconds += time.perf_counter() - began
+        gap = sweeps[-1].gap(ends.primary.name)
+        for method, guess in guesses.items():
+            scaled = {name: values.mean(0) / (abs(gap) if method == STAR else gap) for name, values in guess.items()}
+            shortcuts.append(Shortcut(method=method, how=how, estimates=scaled))
+            if chosen:
+                exact = {grid.name: sweeps[-1].effect(grid.name).mean(0) for grid in grids}
+                calibrations[method, how] = calibrate(chosen[method], scaled, exact)
+    return Found(sweeps=sweeps, shortcuts=shortcuts, calibrations=calibrations, seconds=seconds)
+
+
+def _guesses(
+    model: LoadedModel, ends: Endpoints, grids: Sequence[Grid], runs: Runs, *, first: bool, star: bool
+) -> dict[str, Estimates]:
+    """The gradient at the base run; the integrated form, whose midpoints are the same in both directions, once."""
+    metric = ends.primary
+    found = {GRADIENT: estimates(model, runs, grids, metric)}
+    if first and runs.embeds[1] is not None:
+        found[INTEGRATED] = estimates(model, runs, grids, metric, n_steps=N_STEPS)
+    if star:
+        found[STAR] = atp_star(model, runs, [grid for grid in grids if grid.window == 1], metric)
+    return found
