@@ -1,4 +1,4 @@
-"""Codes in a model whose hidden states are known: it keeps working through them, and not through codes left unlearned."""
+"""Codes in a model whose hidden states are known: it works through learned codes, and not through others."""
 
 from __future__ import annotations
 
