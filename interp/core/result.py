@@ -17,12 +17,17 @@ from torch import Tensor
 from interp.core.errors import InterpError, unknown
 from interp.core.manifest import Manifest
 
-PanelKind = Literal["heatmap", "line", "bar", "scatter"]
+PanelKind = Literal["heatmap", "line", "bar", "scatter", "graph"]
+NODE_COLUMNS = ("node", "label", "row", "row_label", "column", "detail")
+"""Of the table of a graph's nodes: name, text on it, height, name of that height, column it stands in, hover text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One figure, as data: which table, which columns, and how to read it. Rendering lives in `interp.report`."""
+    """One figure, as data: which table, which columns, and how to read it. Rendering lives in `interp.report`.
+
+    A `graph` draws a table of edges: `x` and `y` are its columns with the names of both ends, `value` the weight.
+    """
 
     title: str
     kind: PanelKind
@@ -31,9 +36,11 @@ class Panel:
     x: str
     y: str
     value: str | None = None
-    """Heatmap only: the column that gives the colour (diverging around 0)."""
+    """Heatmap and graph: the column that gives the colour (diverging around 0), in a graph also the width."""
     group: str | None = None
-    """Line, bar, scatter: the column that splits the rows into series."""
+    """Line, bar, scatter: the column that splits the rows into series. Graph: what kind of edge it is."""
+    nodes: str | None = None
+    """Graph only: the table of its nodes, with the columns NODE_COLUMNS."""
     low: str | None = None
     high: str | None = None
     """Columns with the ends of an interval around `y`."""
@@ -101,6 +108,16 @@ class Result:
                     raise unknown(
                         f"column of table {panel.table!r}", column, map(str, self.tables[panel.table].columns)
                     )
+
+            if panel.kind == "graph":
+                self._check_nodes(panel)
+
+    def _check_nodes(self, panel: Panel) -> None:
+        if panel.nodes is None or panel.nodes not in self.tables:
+            raise unknown("table of nodes", str(panel.nodes), self.tables)
+        for column in NODE_COLUMNS:
+            if column not in self.tables[panel.nodes].columns:
+                raise InterpError(f"table {panel.nodes!r} holds the nodes of a graph; it needs a column {column!r}")
 
     @property
     def method(self) -> str:

@@ -199,7 +199,7 @@ def _figure(panel: Panel, result: Result, key: str) -> str:
     spec = plot_spec(drawing)
     picture = base64.b64encode(static_svg(panel, result).encode("utf-8")).decode()
     left_out = f'<span class="left-out">{safe(drawing.left_out)}</span>' if drawing.left_out else ""
-    wide = " wide" if len(drawing.facets) > 1 or panel.kind == "heatmap" else ""
+    wide = " wide" if len(drawing.facets) > 1 or panel.kind in ("heatmap", "graph") else ""
     return (
         f'<figure class="card{wide}"><h4>{safe(panel.title)}</h4>'
         f'<div class="plot" data-figure="{key}" role="img" aria-label="{safe(panel.title)}"></div>'

@@ -9,7 +9,6 @@ Beware: plotly reads a little HTML in every text it is given, so all text is esc
 
 from __future__ import annotations
 
-import html
 import math
 import textwrap
 from collections.abc import Sequence
@@ -17,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from interp.core.result import Panel, Result
 from interp.report.palette import DIVERGING, bar_colors, series_colors
-from interp.report.prepare import LABEL_CHARS, Axis, Drawing, Series, prepare, shorten, visible
+from interp.report.prepare import LABEL_CHARS, Axis, Drawing, Series, prepare, safe, shorten
 from interp.report.static import static_png, static_svg
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["figure", "plot_spec", "static_png", "static_svg"]
+__all__ = ["figure", "plot_spec", "safe", "static_png", "static_svg"]
 
 MAX_LEGEND = 12
 
@@ -48,13 +47,12 @@ def figure(panel: Panel, result: Result) -> go.Figure:
 
 def plot_spec(drawing: Drawing) -> dict[str, Any]:
     """`{data, wide, narrow}` as plain JSON values: traces, and a layout per window width."""
+    if drawing.panel.kind == "graph":
+        from interp.report.graphs import graph_spec
+
+        return graph_spec(drawing)
     traces = _heat_traces(drawing) if drawing.panel.kind == "heatmap" else _series_traces(drawing)
     return {"data": traces, "wide": _layout(drawing, drawing.columns), "narrow": _layout(drawing, 1, narrow=True)}
-
-
-def safe(text: object) -> str:
-    """Text that plotly shows as it is written."""
-    return html.escape(visible(text), quote=False)
 
 
 def _values(axis: Axis, values: Sequence[Any]) -> list[Any]:

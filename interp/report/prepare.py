@@ -10,6 +10,7 @@ heatmap's colours are symmetric around zero; anything that a size cap or a logar
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 import re
@@ -67,6 +68,27 @@ class Facet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Node:
+    """One node of a graph, placed."""
+
+    name: str
+    label: str
+    x: float
+    y: int
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """One edge of a graph between two of its nodes, by their names."""
+
+    start: str
+    end: str
+    weight: float
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drawing:
     """A panel ready to be drawn."""
 
@@ -78,6 +100,11 @@ class Drawing:
     limit: float = 1.0
     """Heatmap: the colour scale runs from -limit to +limit."""
     left_out: str = ""
+    nodes: tuple[Node, ...] = ()
+    """Graph only."""
+    edges: tuple[Edge, ...] = ()
+    spans: tuple[tuple[str, float], ...] = ()
+    """Graph only: columns with the place of their right end; the first begins at 0."""
 
     @property
     def columns(self) -> int:
@@ -95,12 +122,21 @@ def visible(text: object) -> str:
     return "".join(_VISIBLE.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in str(text))
 
 
+def safe(text: object) -> str:
+    """Text that plotly shows as it is written."""
+    return html.escape(visible(text), quote=False)
+
+
 def shorten(text: str, n_chars: int = LABEL_CHARS) -> str:
     return text if len(text) <= n_chars else text[: n_chars - 1] + "…"
 
 
 def prepare(panel: Panel, result: Result) -> Drawing:
     """Read the panel's table into lists, apply the size caps, and say what they left out."""
+    if panel.kind == "graph":
+        from interp.report.graphs import prepare_graph
+
+        return prepare_graph(panel, result)
     return _heatmap(panel, result) if panel.kind == "heatmap" else _series(panel, result)
 
 
@@ -124,7 +160,7 @@ def _axis(values: Sequence[Any], label: str, *, even: bool) -> Axis:
         distinct = sorted({v for v in values if math.isfinite(v)})
     if numeric and (not even or _evenly_spaced(distinct)):
         return Axis(kind="number", label=visible(label), order=tuple(distinct))
-    return Axis(kind="category", label=visible(label), order=tuple(_text(v) for v in distinct))
+    return Axis(kind="category", label=visible(label), order=tuple(text_of(v) for v in distinct))
 
 
 def _evenly_spaced(values: Sequence[int | float]) -> bool:
@@ -132,12 +168,12 @@ def _evenly_spaced(values: Sequence[int | float]) -> bool:
     return all(math.isclose(step, steps[0], rel_tol=1e-6) for step in steps)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else visible(value)
 
 
 def _on(axis: Axis, value: Any) -> Any:
-    return value if axis.kind == "number" else _text(value)
+    return value if axis.kind == "number" else text_of(value)
 
 
 def _thin(items: Sequence[Any], keep: int) -> list[Any]:
@@ -167,8 +203,8 @@ def _heatmap(panel: Panel, result: Result) -> Drawing:
         kept_x = _thin(x.order, max(1, room // len(y.order)))
         kept_y = _thin(y.order, max(1, room // len(kept_x)))
         lost.append(f"only {len(kept_x)} of {len(x.order)} columns and {len(kept_y)} of {len(y.order)} rows are drawn")
-        x = Axis(kind="category", label=x.label, order=tuple(_text(v) for v in kept_x))
-        y = Axis(kind="category", label=y.label, order=tuple(_text(v) for v in kept_y))
+        x = Axis(kind="category", label=x.label, order=tuple(text_of(v) for v in kept_x))
+        y = Axis(kind="category", label=y.label, order=tuple(text_of(v) for v in kept_y))
     cells = {
         (key, _on(x, a), _on(y, b)): number(v) for key, a, b, v in zip(keys, xs, ys, values, strict=True)
     }  # fmt: skip
@@ -187,7 +223,7 @@ def _heatmap(panel: Panel, result: Result) -> Drawing:
         facets=tuple(grids),
         value_label=visible(panel.value_label or panel.value or panel.y),
         limit=max(drawn, default=0.0) or 1.0,
-        left_out=_sentence(lost),
+        left_out=sentence(lost),
     )
 
 
@@ -219,7 +255,7 @@ def _series(panel: Panel, result: Result) -> Drawing:
         series = [_one_series(panel, x, g, [r for r in inside if r[1] == g]) for g in groups]
         facets.append(Facet(title=visible(key), series=tuple(s for s in series if s.x)))
     y = Axis(kind="number", label=visible(panel.y_label or panel.y), order=())
-    return Drawing(panel=panel, x=x, y=y, facets=tuple(facets), left_out=_sentence(lost))
+    return Drawing(panel=panel, x=x, y=y, facets=tuple(facets), left_out=sentence(lost))
 
 
 def _ys(panel: Panel) -> tuple[str | None, ...]:
@@ -229,7 +265,7 @@ def _ys(panel: Panel) -> tuple[str | None, ...]:
 def _one_series(panel: Panel, x: Axis, group: Any, rows: list[tuple[Any, ...]]) -> Series:
     if panel.kind == "line" and x.kind == "number":
         rows = sorted(rows, key=lambda row: row[2])
-    name = _text(group)
+    name = text_of(group)
     return Series(
         name=name,
         control=bool(CONTROL.search(name)),
@@ -240,5 +276,5 @@ def _one_series(panel: Panel, x: Axis, group: Any, rows: list[tuple[Any, ...]]) 
     )
 
 
-def _sentence(lost: list[str]) -> str:
+def sentence(lost: list[str]) -> str:
     return f"Not everything is shown: {'; '.join(lost)}." if lost else ""

@@ -12,6 +12,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from interp.core.result import Panel, Result
+from interp.report.graphs import draw_graph
 from interp.report.palette import DIVERGING, bar_colors, series_colors
 from interp.report.prepare import Axis, Drawing, Facet, prepare, shorten
 
@@ -56,19 +57,31 @@ def _render(drawing: Drawing, kind: str, *, dpi: int = 120) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    n_rows = max(1, math.ceil(len(drawing.facets) / drawing.columns))
-    tall = drawing.panel.kind == "heatmap"
-    row_height = min(5.2, max(2.2, 0.14 * len(drawing.y.order))) if tall else 2.8
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        picture = Figure(figsize=(9.0, 0.7 + n_rows * row_height), layout="constrained")
+        picture = Figure(figsize=(9.0, _height(drawing)), layout="constrained")
         FigureCanvasAgg(picture)
-        axes = picture.subplots(n_rows, drawing.columns, squeeze=False, sharex=True, sharey=True)
-        (_draw_heatmap if tall else _draw_series)(drawing, picture, list(axes.flat))
+        if drawing.panel.kind == "graph":
+            draw_graph(drawing, picture, picture.subplots())
+        else:
+            axes = picture.subplots(_n_rows(drawing), drawing.columns, squeeze=False, sharex=True, sharey=True)
+            (_draw_heatmap if drawing.panel.kind == "heatmap" else _draw_series)(drawing, picture, list(axes.flat))
         buffer = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         picture.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
+
+
+def _n_rows(drawing: Drawing) -> int:
+    return max(1, math.ceil(len(drawing.facets) / drawing.columns))
+
+
+def _height(drawing: Drawing) -> float:
+    """Inches."""
+    if drawing.panel.kind == "graph":
+        return max(2.5, 1.2 + 0.36 * len(drawing.y.order))
+    heat = drawing.panel.kind == "heatmap"
+    return 0.7 + _n_rows(drawing) * (min(5.2, max(2.2, 0.14 * len(drawing.y.order))) if heat else 2.8)
 
 
 def _draw_heatmap(drawing: Drawing, picture: Figure, axes: list[Any]) -> None:
