@@ -45,11 +45,14 @@ class FrozenLayer:
     pattern: Float[Tensor, "head query key"]
     W_V: Float[Tensor, "d_model kv_width"]
     W_O: Float[Tensor, "head d_head d_model"]
+    b_O: Float[Tensor, " d_model"] | None
+    values: Float[Tensor, "kv_head pos d_head"]
     constant: Float[Tensor, "pos d_model"]
     """What attention adds when its linear part is 0: biases and shifts."""
     mlp_in: Float[Tensor, "pos d_model"]
     resid_mid: Float[Tensor, "pos d_model"]
     mlp_out: Float[Tensor, "pos d_model"]
+    attn_out: Float[Tensor, "pos d_model"]
 
     @property
     def n_kv_heads(self) -> int:
@@ -128,8 +131,7 @@ def freeze(
     layers = tuple(_layer(model, layer, acts, dtype, tolerance, worst) for layer in range(model.n_layers))
     last = acts[Site(Part.RESID_POST, model.n_layers - 1)][0].to(dtype)
     final = _norm(model, Site(Part.FINAL_NORM), last, acts[Site(Part.FINAL_NORM)][0].to(dtype), tolerance)
-    b_U = model.table.bias("W_U")
-    W_U, b_U = model.weight("W_U").detach().to(dtype), None if b_U is None else b_U.detach().to(dtype)
+    W_U, b_U = model.weight("W_U").detach().to(dtype), _cast(model.table.bias("W_U"), dtype)
     logits = acts[Site(top)][0, -1].to(dtype)
     read = final.push(last)[-1] @ W_U
     worst.append(check_close(read if b_U is None else read + b_U, logits, "the unembedding", tolerance))
@@ -161,17 +163,20 @@ def _layer(
         acts[Site(part, layer)][0].to(dtype) for part in NEEDED
     )
     W_V, W_O = model.weight("W_V", layer).detach().to(dtype), model.weight("W_O", layer).detach().to(dtype)
-    b_V, b_O = model.table.bias("W_V", layer), model.table.bias("W_O", layer)
+    b_V, b_O = (_cast(model.table.bias(name, layer), dtype) for name in ("W_V", "W_O"))
     d_head = W_O.shape[1]
     attn_norm = _norm(model, Site(Part.ATTN_IN, layer), pre, attn_in, tolerance)
 
+    def values(x: Tensor) -> Tensor:
+        found = x @ W_V if b_V is None else x @ W_V + b_V
+        return found.unflatten(-1, (-1, d_head)).transpose(0, 1)
+
     def raw(x: Tensor) -> Tensor:
         """Attention's output before a norm behind it, from its normed input."""
-        values = x @ W_V if b_V is None else x @ W_V + b_V.detach().to(dtype)
-        heads = values.unflatten(-1, (-1, d_head)).transpose(0, 1)
+        heads = values(x)
         mixed = pattern @ heads.repeat_interleave(len(W_O) // len(heads), dim=0)
         out = torch.einsum("hqe,hed->qd", mixed, W_O)
-        return out if b_O is None else out + b_O.detach().to(dtype)
+        return out if b_O is None else out + b_O
 
     behind = _behind(model, layer, raw(attn_in), attn_out, tolerance)
     name = f"layer {layer} of {model.source}"
@@ -183,9 +188,14 @@ def _layer(
         worst.append(check_close(post, after, f"the stream behind {name}", tolerance))
     return FrozenLayer(
         attn_norm=attn_norm, after_attn=behind, mlp_norm=_norm(model, Site(Part.MLP_IN, layer), mid, mlp_in, tolerance),
-        pattern=pattern, W_V=W_V, W_O=W_O, constant=behind.push(raw(attn_norm.push(0 * pre))), mlp_in=mlp_in,
-        resid_mid=mid, mlp_out=mlp_out,
+        pattern=pattern, W_V=W_V, W_O=W_O, b_O=b_O, values=values(attn_in),
+        constant=behind.push(raw(attn_norm.push(0 * pre))), mlp_in=mlp_in, resid_mid=mid, mlp_out=mlp_out,
+        attn_out=attn_out,
     )  # fmt: skip
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(dtype)
 
 
 def _norm(model: LoadedModel, site: Site, x: Tensor, y: Tensor, tolerance: float) -> FrozenNorm:

@@ -31,11 +31,16 @@ class FrozenNorm:
     centred: bool
     shift: Float[Tensor, " d"]
 
-    def push(self, x: Float[Tensor, "pos d"]) -> Float[Tensor, "pos d"]:
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        return not self.centred and not bool(self.shift.any()) and bool((self.factor == 1).all())
+
+    def push(self, x: Float[Tensor, "*batch pos d"]) -> Float[Tensor, "*batch pos d"]:
         """N(x) with the denominators of the prompt."""
         return self.linear(x) + self.shift
 
-    def linear(self, x: Float[Tensor, "pos d"]) -> Float[Tensor, "pos d"]:
+    def linear(self, x: Float[Tensor, "*batch pos d"]) -> Float[Tensor, "*batch pos d"]:
         """N(x) - N(0)."""
         return (x - x.mean(-1, keepdim=True) if self.centred else x) * self.factor
 
@@ -60,25 +65,31 @@ def freeze_norm(
     module: nn.Module, x: Float[Tensor, "pos d"], y: Float[Tensor, "pos d"], name: str, tolerance: float = TOLERANCE
 ) -> FrozenNorm:
     """The norm at the prompt's x, which the model turned into y. Raises InterpError if it is of another form."""
-    weight = next(iter(module.parameters()), None)
-    kind = torch.float32 if weight is None else weight.dtype
-
-    def ask(v: Tensor) -> Tensor:
-        return module(v.to(kind)[None]).squeeze(0).to(x.dtype)
-
+    w, centred, shift = norm_form(module, x[0])
     d = x.shape[-1]
-    shift = ask(torch.zeros_like(x[:1]))[0]
-    probe = torch.ones_like(x[0])
-    probe[1::2] = -1
-    probe[0] = 2  # no mean of zero by luck
-    centred = bool((ask(torch.ones_like(x[:1]))[0] - shift).abs().max() < 1e-3)
-    base = probe - probe.mean() if centred else probe
-    w = (ask(probe[None])[0] - shift) / (base / base.square().mean().sqrt())
     own = (x - x.mean(-1, keepdim=True) if centred else x) * w
     scale = ((y - shift) * own).sum(-1) / own.square().sum(-1).clamp_min(1e-300)
     made = FrozenNorm(factor=scale[:, None] * w, centred=centred, shift=shift)
     check_close(made.push(x), y, f"{name} (width {d}) is no norm with one denominator per token", tolerance)
     return made
+
+
+@torch.no_grad()
+def norm_form(module: nn.Module, like: Float[Tensor, " d"]) -> tuple[Float[Tensor, " d"], bool, Float[Tensor, " d"]]:
+    """w, whether it centres, and the shift of a norm, in the dtype of `like`."""
+    weight = next(iter(module.parameters()), None)
+    kind = torch.float32 if weight is None else weight.dtype
+
+    def ask(v: Tensor) -> Tensor:
+        return module(v.to(kind)[None, None])[0, 0].to(like.dtype)
+
+    shift = ask(torch.zeros_like(like))
+    probe = torch.ones_like(like)
+    probe[1::2] = -1
+    probe[0] = 2  # no mean of zero by luck
+    centred = bool((ask(torch.ones_like(like)) - shift).abs().max() < 1e-3)
+    base = probe - probe.mean() if centred else probe
+    return (ask(probe) - shift) / (base / base.square().mean().sqrt()), centred, shift
 
 
 def check_close(found: Tensor, wanted: Tensor, complaint: str, tolerance: float = TOLERANCE) -> float:

@@ -1,0 +1,252 @@
+"""Does the model do what its attribution graph predicts when a feature is taken out?
+
+    predicted  T[k, s] = sum over paths from s to logit k of the products of edges, each divided by the value of the
+               feature it leaves: what logit k loses if s is taken out and active features stay linear
+    measured   the change of logit k (minus the mean logit) when s's contribution is taken out of mlp_out in the model
+               itself, attention, norms and later MLPs all live; or in the model made linear by edits (`linear_edits`):
+               patterns and norms held, MLPs replaced by their features and errors, where both must be equal
+The two agree as far as frozen attention, frozen norms and the sparse features describe the model near this prompt; the
+MLPs behind it respond in the model through error nodes too, which the graph holds constant.
+`ablation` takes out many features at once and asks how far the next-token distribution moves, for the most influential
+ones and for random ones of equal size.
+Source: validation by intervention in E. Ameisen et al. 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from interp.circuits.attribution_graph_value import AttributionGraph
+from interp.circuits.transcoder_graph_frozen import Frozen, FrozenLayer
+from interp.circuits.transcoder_graph_layers import Active, Replacement
+from interp.circuits.transcoder_graph_norms import FrozenNorm
+from interp.core.errors import InterpError
+from interp.core.seed import torch_generator
+from interp.instrument.edits import Context, Edit, edited
+from interp.models.model import LoadedModel
+
+ROWS = 16
+"""Copies of the prompt per forward."""
+
+
+@torch.no_grad()
+def total_effects(graph: AttributionGraph) -> Float[Tensor, "logit column"]:
+    """Signed effect of each source on each logit along all paths, features linear where they are active."""
+    total = graph.edges[graph.n_features :].clone()
+    layer = graph.features[:, 0]
+    for own in layer.unique(sorted=True).flip(0).tolist():
+        index = (layer == own).nonzero().flatten()
+        total += (total[:, index] / graph.values[index]) @ graph.edges[index]
+    return total
+
+
+def contributions(
+    graph: AttributionGraph, replaced: Replacement, feature: int
+) -> dict[int, tuple[int, Float[Tensor, " d_model"]]]:
+    """What a feature adds to mlp_out: written layer -> (position, vector)."""
+    layer, pos, number = graph.features[feature].tolist()
+    stand = replaced.of_layer[layer]
+    row = stand.dictionary.W_dec.detach()[number].to(graph.values.dtype) * graph.values[feature]
+    return {at: (pos, row[stand.block(at)]) for at in stand.writes}
+
+
+def linear_edits(frozen: Frozen, replaced: Replacement, active: Active) -> list[Edit]:
+    """Edits that make the model the frozen replacement model: its own modules compute the rest.
+
+    Patterns are those of the prompt, norms divide by its denominators, each MLP writes its active features (linear in
+    what they read), its straight path and its error.
+    """
+    seen: dict[tuple[str, int], Tensor] = {}
+
+    def keep(name: str, layer: int) -> Edit:
+        def function(x: Tensor, _: Context) -> Tensor:
+            seen[name, layer] = x.to(frozen.embed.dtype)
+            return x
+
+        return Edit(f"{name}.{layer}", function, label="read")
+
+    def norm(site: str, stream: tuple[str, int], own: FrozenNorm) -> Edit:
+        def function(x: Tensor, c: Context) -> Tensor:
+            seen[c.site.part.value, stream[1]] = own.push(seen[stream])
+            return seen[c.site.part.value, stream[1]].to(x)
+
+        return Edit(site, function, label="hold the norm")
+
+    found: list[Edit] = []
+    for number, layer in enumerate(frozen.layers):
+        found += [
+            keep("resid_pre", number),
+            norm(f"attn_in.{number}", ("resid_pre", number), layer.attn_norm),
+            Edit(f"pattern.{number}", lambda x, _, p=layer.pattern: p.to(x).expand_as(x), label="hold the pattern"),
+            *([] if layer.after_attn.is_identity else [keep("z", number), _after(seen, number, layer)]),
+            keep("resid_mid", number),
+            norm(f"mlp_in.{number}", ("resid_mid", number), layer.mlp_norm),
+            Edit(f"mlp_out.{number}", _stand_in(replaced, active, seen, number), label="replace the MLP"),
+        ]
+    last = frozen.n_layers - 1
+    return [*found, keep("resid_post", last), norm("final_norm", ("resid_post", last), frozen.final_norm)]
+
+
+def _after(seen: dict[tuple[str, int], Tensor], number: int, layer: FrozenLayer) -> Edit:
+    """The norm between attention and the stream, held."""
+
+    def function(x: Tensor, _: Context) -> Tensor:
+        raw = torch.einsum("bphe,hed->bpd", seen["z", number], layer.W_O)
+        return layer.after_attn.push(raw if layer.b_O is None else raw + layer.b_O).to(x)
+
+    return Edit(f"attn_out.{number}", function, label="hold the norm behind")
+
+
+def _stand_in(
+    replaced: Replacement, active: Active, seen: dict[tuple[str, int], Tensor], layer: int
+) -> Callable[[Tensor, Context], Tensor]:
+    def function(x: Tensor, _: Context) -> Tensor:
+        total = active.errors[layer].expand(len(x), -1, -1).clone()
+        for stand in replaced.writers(layer):
+            own, read, columns = stand.dictionary, seen[stand.read, stand.layer], stand.block(layer)
+            index = active.where(stand.layer)
+            pos, number = active.pos[index], active.number[index]
+            e = own.W_enc.detach()[:, number].to(read.dtype)
+            z = (read[:, pos] * e.T).sum(-1) + active.bias[index]
+            rows = own.W_dec.detach()[number][:, columns].to(read.dtype)
+            total.index_add_(1, pos, z[..., None] * rows)
+            total += own.b_dec.detach()[columns].to(read.dtype)
+            if own.W_skip is not None:
+                total += read @ own.W_skip.detach()[:, columns].to(read.dtype)
+        return total.to(x)
+
+    return function
+
+
+@contextmanager
+def taken_out(
+    model: LoadedModel, graph: AttributionGraph, replaced: Replacement, groups: list[list[int]],
+    held: Sequence[Edit] = (),
+) -> Generator[None]:  # fmt: skip
+    """Row i of the batch runs without the features of group i, after the edits in `held`."""
+    n, d = graph.n_pos, model.dims.d_model or 0
+    moves: dict[int, Tensor] = {}
+    for row, group in enumerate(groups):
+        for feature in group:
+            for at, (pos, vector) in contributions(graph, replaced, feature).items():
+                moves.setdefault(at, torch.zeros(len(groups), n, d))[row, pos] -= vector.float().cpu()
+
+    def minus(move: Tensor) -> Callable[[Tensor, Context], Tensor]:
+        return lambda x, _: x + move.to(x)
+
+    edits = [*held]
+    edits += [Edit(f"mlp_out.{at}", minus(move), label="take out") for at, move in sorted(moves.items())]
+    if not moves:
+        raise InterpError("no features to take out were given")
+    with edited(model, edits):
+        yield
+
+
+@torch.no_grad()
+def last_logits(
+    model: LoadedModel, graph: AttributionGraph, replaced: Replacement, groups: list[list[int]],
+    held: Sequence[Edit] = (),
+) -> Float[Tensor, "group vocab"]:  # fmt: skip
+    """Logits at the last position without each group of features."""
+    found: list[Tensor] = []
+    for start in range(0, len(groups), ROWS):
+        part = groups[start : start + ROWS]
+        with taken_out(model, graph, replaced, part, held):
+            found.append(model(graph.tokens.expand(len(part), -1))[:, -1].float())
+    return torch.cat(found)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Agreement:
+    """Predicted and measured effects of taking features out, one at a time."""
+
+    features: Int[Tensor, " n"]
+    predicted: Float[Tensor, "n logit"]
+    measured: Float[Tensor, "n logit"]
+
+    @property
+    def correlation(self) -> float:
+        """Pearson, over features and logits; 0 if either does not vary."""
+        return correlation(self.predicted, self.measured)
+
+    @property
+    def same_sign(self) -> float:
+        """Share of equal signs, where the prediction is not 0."""
+        some = self.predicted != 0
+        return float((self.predicted.sign() == self.measured.sign())[some].double().mean()) if bool(some.any()) else 0.0
+
+
+def correlation(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
+    """Pearson's r of all entries."""
+    x, y = a.double().flatten() - a.double().mean(), b.double().flatten() - b.double().mean()
+    size = x.norm() * y.norm()
+    return float(x @ y / size) if float(size) > 0 else 0.0
+
+
+@torch.no_grad()
+def agreement(
+    model: LoadedModel, graph: AttributionGraph, replaced: Replacement, features: Int[Tensor, " n"],
+    held: Sequence[Edit] = (),
+) -> Agreement:  # fmt: skip
+    """Take each of the features out of the model: live, or with `linear_edits` in `held`."""
+    base = model(graph.tokens[None])[0, -1].float()
+    moved = base - last_logits(model, graph, replaced, [[int(i)] for i in features], held)
+    moved = moved - moved.mean(-1, keepdim=True)
+    return Agreement(
+        features=features, predicted=total_effects(graph)[:, features].T.float(), measured=moved[:, graph.logit_tokens]
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ablation:
+    """KL(model || model without the features) at the last position, nats."""
+
+    top: float
+    random: Float[Tensor, " draw"]
+    n_features: int
+
+
+def sizes(graph: AttributionGraph, replaced: Replacement) -> Float[Tensor, " feature"]:
+    """Norm of what each feature writes, over all layers it writes to."""
+    out = torch.empty(graph.n_features, dtype=graph.values.dtype)
+    for layer, stand in replaced.of_layer.items():
+        own = (graph.features[:, 0] == layer).nonzero().flatten()
+        norms = stand.dictionary.W_dec.detach()[graph.features[own, 2]].norm(dim=1)
+        out[own] = norms.to(out.dtype) * graph.values[own].abs()
+    return out
+
+
+@torch.no_grad()
+def ablation(
+    model: LoadedModel, graph: AttributionGraph, replaced: Replacement, influence: Float[Tensor, " feature"], *,
+    n: int = 10, n_random: int = 40, seed: int = 0,
+) -> Ablation:  # fmt: skip
+    """The n most influential features against random sets in which each has the size of one of them.
+
+    Partners are drawn among the features of nearest size that are not themselves among the top n.
+    """
+    n = min(n, graph.n_features // 3)
+    if n < 1:
+        raise InterpError(f"{graph.n_features} features are too few to compare with random ones; at least 3 are needed")
+    top = influence[: graph.n_features].topk(n).indices
+    size, generator = sizes(graph, replaced), torch_generator(seed, "ablation")
+    other = torch.ones(graph.n_features, dtype=torch.bool).index_fill(0, top, False).nonzero().flatten()
+    near = min(len(other), 2 * n)
+    pools = [other[(size[other] - size[i]).abs().topk(near, largest=False).indices] for i in top]
+    groups = [top.tolist()]
+    for _ in range(n_random):
+        drawn: list[int] = []
+        for pool in pools:
+            free = [int(i) for i in pool if int(i) not in drawn]
+            drawn.append(free[int(torch.randint(len(free), (), generator=generator))])
+        groups.append(drawn)
+    base = model(graph.tokens[None])[0, -1].float().log_softmax(-1)
+    moved = last_logits(model, graph, replaced, groups).log_softmax(-1)
+    kl = (base.exp() * (base - moved)).sum(-1)
+    return Ablation(top=float(kl[0]), random=kl[1:], n_features=n)
