@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from interp.analyses.patching_places import Grid, sites_of
 from interp.analyses.patching_runs import Intervention, make_runs
-from interp.analyses.patching_scores import OTHER, Endpoints, Sweep, unrelated
+from interp.analyses.patching_scores import OTHER, Endpoints, Sweep, unrelated, wide
 from interp.analyses.patching_wave import all_patches, patched_logits
 from interp.core.controls import permutation_test, rank_test
 from interp.core.result import Control
@@ -76,7 +76,7 @@ def _identities(model: LoadedModel, ends: Endpoints) -> list[Control]:
     )
     made: list[Control] = []
     for name, logits, clean in cases:
-        error = float((metric(logits[:, -1:].float(), rows) - ends.logit_diff(clean=clean)).abs().max())
+        error = float((metric(wide(logits[:, -1:]), rows) - ends.logit_diff(clean=clean)).abs().max())
         statistic = "largest difference of logit differences (nats); the control is what rounding may do"
         passed = error <= IDENTITY
         made.append(Control(name=name, statistic=statistic, observed=error, control=IDENTITY, passed=passed))
@@ -113,7 +113,7 @@ def _donor(model: LoadedModel, ends: Endpoints, found: Sweep) -> Control:
     gap = float((ends.values(metric, clean=True) - base).mean()) or 1.0
     for wave, logits in patched_logits(model, runs, all_patches(grids, runs, set(cells)), "patching: unrelated donor"):
         rows = torch.tensor([patch.row for patch in wave])
-        moved = metric(logits.float(), rows).cpu() - base.cpu()[rows]
+        moved = metric(wide(logits), rows).cpu() - base.cpu()[rows]
         np.add.at(theirs, rows.numpy(), moved.double().numpy() / gap / len(cells))
     own = np.stack([found.moved[grid]["prob"][:, i, j] / gap for grid, i, j in cells]).mean(0)
     p = permutation_test(own, theirs, paired=True, alternative="greater").p

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from interp.analyses.patching_places import HEADS, STREAM, Grid, Place, sites_of
 from interp.analyses.patching_runs import Runs
+from interp.analyses.patching_scores import wide
 from interp.analyses.patching_wave import Patch, by_position, insertion
 from interp.core.errors import InterpError
 from interp.core.progress import track
@@ -106,7 +107,7 @@ def _gradients(
     for part in (Part.ATTN_OUT, Part.MLP_OUT) if dropped is not None else ():
         edits += [Edit(site, lambda x, _: x.detach(), label="drop") for site in _there(model, part, dropped)]
     with edited(model, edits), capture(model, sites, grad=True) as acts:
-        logits = model(runs.base.tokens)[:, -metric.n_last :].float()
+        logits = wide(model(runs.base.tokens)[:, -metric.n_last :])
         total = metric(logits, runs.pairs).sum()
         # Into the activations alone: the weights' own gradients stay as they were, also after an exception.
         torch.autograd.backward(total, inputs=[raw for s in sites if (raw := acts.records[s][-1].raw) is not None])

@@ -32,6 +32,11 @@ MIN_GAP_ELSEWHERE = 0.05
 """In nats, for all others."""
 
 
+def wide(logits: Float[Tensor, "row last vocab"]) -> Float[Tensor, "row last vocab"]:
+    """In float32 at least, where probabilities are computed."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Endpoints:
     """The two unpatched runs."""
@@ -52,7 +57,7 @@ class Endpoints:
         found: list[Metric] = [
             self.primary,
             *(AnswerMetric(name=name, answers=answers) for name in ("logit_diff", "prob")),
-            Divergence(reference=toward.float().log_softmax(-1)[:, -1:]),
+            Divergence(reference=wide(toward[:, -1:]).log_softmax(-1)),
         ]
         kept: dict[str, Metric] = {}
         for metric in found:
@@ -60,7 +65,7 @@ class Endpoints:
         return kept | {OTHER: AnswerMetric(name="logit_diff", answers=self.other)}
 
     def values(self, metric: Metric, *, clean: bool) -> Float[Tensor, " pair"]:
-        logits = (self.clean if clean else self.corrupt).float()
+        logits = wide(self.clean if clean else self.corrupt)
         return metric(logits[:, -metric.n_last :], torch.arange(len(logits)))
 
     def logit_diff(self, *, clean: bool) -> Float[Tensor, " pair"]:
@@ -78,7 +83,7 @@ def endpoints(model: LoadedModel, pairs: PromptPairs, metric: str | Metric = "")
     """Run both prompts of every pair untouched. A metric by name (`""`: the task's own), or one of your own."""
     n_last = max(pairs.metric().n_last, 1 if isinstance(metric, str) else metric.n_last)
     clean, corrupt = (model(record.ids)[:, -n_last:].clone() for record in (pairs.clean, pairs.corrupt))
-    primary = pairs.metric(metric, reference=clean[:, -1:].float()) if isinstance(metric, str) else metric
+    primary = pairs.metric(metric, reference=wide(clean[:, -1:])) if isinstance(metric, str) else metric
     return Endpoints(pairs=pairs, clean=clean, corrupt=corrupt, other=_other_answers(model, pairs), primary=primary)
 
 
@@ -152,7 +157,7 @@ def sweep(
     pairs, metrics = ends.pairs, ends.metrics(how)
     n_last = max(metric.n_last for metric in metrics.values())
     runs = runs or make_runs(model, pairs, how, sites_of(grids), seed=seed, n_last=n_last)
-    at_base = {name: m(runs.base.logits[:, -m.n_last :].float(), runs.pairs) for name, m in metrics.items()}
+    at_base = {name: m(wide(runs.base.logits[:, -m.n_last :]), runs.pairs) for name, m in metrics.items()}
     share = len(pairs) / len(runs.pairs)
     moved = {g.name: {m: np.zeros((len(pairs), len(g.layers), len(g.labels))) for m in metrics} for g in grids}
     patches, label = all_patches(grids, runs, cells), f"patching: {how.value}"
@@ -160,7 +165,7 @@ def sweep(
         rows = torch.tensor([patch.row for patch in wave])
         where = [(patch.cell[0], (patch.pair, *patch.cell[1:])) for patch in wave]
         for name, metric in metrics.items():
-            values = metric(logits[:, -metric.n_last :].float(), runs.pairs[rows])
+            values = metric(wide(logits[:, -metric.n_last :]), runs.pairs[rows])
             values = (values - at_base[name][rows.to(logits.device)]).double().tolist()
             for (grid, cell), value in zip(where, values, strict=True):
                 moved[grid][name][cell] += share * value

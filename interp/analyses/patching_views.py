@@ -14,7 +14,7 @@ from interp.analyses.patching_budget import Calibration
 from interp.analyses.patching_controls import best
 from interp.analyses.patching_places import Grid
 from interp.analyses.patching_runs import Intervention
-from interp.analyses.patching_scores import Endpoints, Sweep, intervals
+from interp.analyses.patching_scores import Endpoints, Sweep, intervals, wide
 from interp.core.result import Panel
 from interp.tasks.base import PromptPairs
 from interp.tasks.metrics import AnswerMetric, Divergence
@@ -166,13 +166,13 @@ def endpoint_table(ends: Endpoints) -> pd.DataFrame:
     """What the two unpatched runs say, per prompt."""
     pairs = ends.pairs
     prob = AnswerMetric(name="prob", answers=pairs.answers)
-    divergence = Divergence(reference=ends.clean.float()[:, -1:].log_softmax(-1))
+    divergence = Divergence(reference=wide(ends.clean[:, -1:]).log_softmax(-1))
     columns: dict[str, object] = {"prompt": list(pairs.clean.texts or ("".join(row) for row in pairs.clean.strings))}
     for side, clean in (("clean", True), ("corrupt", False)):
         columns[f"logit_diff_{side}"] = ends.logit_diff(clean=clean).tolist()
         columns[f"prob_{side}"] = ends.values(prob, clean=clean).tolist()
         columns[f"{ends.primary.name}_{side}"] = ends.values(ends.primary, clean=clean).tolist()
-    columns["kl_corrupt"] = divergence(ends.corrupt.float()[:, -1:], torch.arange(len(pairs))).neg().tolist()
+    columns["kl_corrupt"] = divergence(wide(ends.corrupt[:, -1:]), torch.arange(len(pairs))).neg().tolist()
     return pd.DataFrame(columns)
 
 
