@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from interp.circuits.deltas import Deltas
 from interp.circuits.graph import Circuit, Graph
 from interp.circuits.streams import Run, Streams, check_graph
 from interp.core.errors import InterpError, unknown
@@ -41,43 +42,12 @@ class _Reference:
     """Reference outputs (source, 1 or pair, 1 or pos, d_model or 1), embedding first; None: those of the run."""
 
 
-@dataclass(kw_only=True, eq=False)
-class _Deltas:
-    """What sources add beyond their reference: those that have an edge out in some circuit."""
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What sources below a layer add, where circuits do not differ there."""
 
-    edges: Bool[Tensor, "circuit source destination"]
-    place: Int[Tensor, " source"]
-    """Where a source stands in `values`; -1 if no circuit uses it."""
-    values: Float[Tensor, "circuit used pair_pos_d"]
-    shape: torch.Size
-    """Of one stream: pair, pos, d_model."""
-    n: int = 0
-    """How many stand there by now."""
-
-    @staticmethod
-    def of(edges: Tensor, like: Tensor) -> _Deltas:
-        used = edges.any(2).any(0)
-        place = torch.where(used, used.cumsum(0) - 1, -1)
-        values = like.new_empty(len(edges), int(used.sum()), like.numel())
-        return _Deltas(edges=edges[:, used], place=place, values=values, shape=like.shape)
-
-    def wants(self, row: int) -> bool:
-        return int(self.place[row]) >= 0
-
-    def add(self, row: int, values: Float[Tensor, "... pos d_model"]) -> None:
-        """Sources come in the order of the graph; those left out in between have not changed."""
-        place = int(self.place[row])
-        self.values[:, self.n : place] = 0
-        self.values[:, place] = values.reshape(-1, self.values.shape[2])
-        self.n = place + 1
-
-    def added(self, columns: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Which of these destinations any circuit adds to, and what: (destination, circuit, pair, pos, d_model)."""
-        mask = self.edges[:, : self.n, columns[0] : columns[-1] + 1]
-        there = mask.any(1).any(0).nonzero()[:, 0].tolist()
-        weights = mask[:, :, there].mT.to(self.values.dtype)
-        made = torch.bmm(weights, self.values[:, : self.n])
-        return [columns[i] for i in there], made.unflatten(2, self.shape).transpose(0, 1)
+    layer: int
+    deltas: Float[Tensor, "source pair pos d_model"]
 
 
 class Evaluator:
@@ -96,19 +66,25 @@ class Evaluator:
         self._exact_paths = ablation == "corrupt" and not self.streams.parts.normed_after
         """Whether a source without inputs in the circuit is exactly its reference."""
 
-    def logits(self, circuits: Sequence[Circuit], n_last: int = 1) -> Float[Tensor, "circuit pair last vocab"]:
-        """Logits of the last positions with each circuit, all circuits as rows of one pass."""
+    def logits(
+        self, circuits: Sequence[Circuit], n_last: int = 1, given: Given | None = None
+    ) -> Float[Tensor, "circuit pair last vocab"]:
+        """Logits of the last positions with each circuit, all circuits as rows of one pass. `given`: see `upstream`."""
         for circuit in circuits:
             if circuit.graph is not self.graph and not circuit.graph.same(self.graph):
                 raise InterpError(f"{circuit} is of another graph than {self.graph}")
-        kept = [circuit.connected() if self._exact_paths else circuit for circuit in circuits]
+        trim = given is None and self._exact_paths
+        kept = [circuit.connected() if trim else circuit for circuit in circuits]
         with torch.no_grad():
-            stream = self._through(torch.stack([circuit.edges for circuit in kept]))[:, :, -n_last:]
+            deltas = self._begin(torch.stack([circuit.edges for circuit in kept]), given)
+            stream = self._through(deltas, 0 if given is None else given.layer)[:, :, -n_last:]
             return self.streams.parts.head(stream.flatten(0, 1)).unflatten(0, stream.shape[:2])
 
-    def values(self, circuits: Sequence[Circuit], metric: Metric) -> Float[Tensor, "circuit pair"]:
+    def values(
+        self, circuits: Sequence[Circuit], metric: Metric, given: Given | None = None
+    ) -> Float[Tensor, "circuit pair"]:
         """The metric of each circuit and pair."""
-        logits = self.logits(circuits, metric.n_last).flatten(0, 1)
+        logits = self.logits(circuits, metric.n_last, given).flatten(0, 1)
         return metric(logits, self.pair_ids.repeat(len(circuits))).view(len(circuits), -1)
 
     def ends(self, metric: Metric) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
@@ -122,20 +98,35 @@ class Evaluator:
         """How many circuits fit."""
         return max(1, min(AT_ONCE, budget // (2 * self.streams.difference_bytes)))
 
-    def _through(self, edges: Bool[Tensor, "circuit source destination"]) -> Float[Tensor, "circuit pair pos d_model"]:
-        """Streams that the logits read."""
-        streams, reference = self.streams, self._reference
-        first = streams.clean.before[0]
-        deltas = _Deltas.of(edges.to(first.device), first)
+    def upstream(self, circuit: Circuit) -> Float[Tensor, "source pair pos d_model"]:
+        """What every source adds beyond its reference when the model runs with this circuit. Circuits that agree with
+        it below a layer can be run from there on: `Given(layer, these)`."""
+        with torch.no_grad():
+            deltas = self._begin(circuit.edges[None], None, keep=True)
+            self._through(deltas, 0)
+            return deltas.finished()[0]
+
+    def _begin(self, edges: Tensor, given: Given | None, *, keep: bool = False) -> Deltas:
+        """With what the embedding adds, or with what is given."""
+        first = self.streams.clean.before[0]
+        if given is not None:
+            shared = given.deltas[: self.streams.source_rows(given.layer).start]
+            return Deltas.of(edges.to(first.device), first, shared)
+        deltas = Deltas.of(edges.to(first.device), first, keep=keep)
         if deltas.wants(0):
-            embedding = first - self._written(-1)[0]
-            deltas.add(0, embedding.expand(len(edges), *first.shape))
-        column = 0
-        for layer in range(streams.parts.n_layers):
-            column = self._attention(layer, column, deltas)
-            column = self._mlp(layer, column, deltas) if streams.parts.has_mlp else column
+            deltas.add(0, (first - self._written(-1)[0]).expand(len(edges), *first.shape))
+        return deltas
+
+    def _through(self, deltas: Deltas, layer: int) -> Float[Tensor, "circuit pair pos d_model"]:
+        """Streams that the logits read, from a layer on."""
+        streams = self.streams
+        column = streams.parts.n_heads + 2 * streams.parts.n_kv + streams.parts.has_mlp * (1 + self.graph.split_mlp)
+        column *= layer
+        for number in range(layer, streams.parts.n_layers):
+            column = self._attention(number, column, deltas)
+            column = self._mlp(number, column, deltas) if streams.parts.has_mlp else column
         columns, added = deltas.added([column])
-        base = reference.run.before[-1].expand(len(edges), *first.shape)
+        base = self._reference.run.before[-1].expand(len(deltas.edges), *deltas.shape)
         return base + added[0] if columns else base
 
     def _written(self, layer: int) -> Float[Tensor, "source pairs positions width"]:
@@ -143,7 +134,7 @@ class Evaluator:
         kept = self._reference.written
         return self.streams.written(self._reference.run, layer) if kept is None else kept[layer + 1]
 
-    def _attention(self, layer: int, column: int, deltas: _Deltas) -> int:
+    def _attention(self, layer: int, column: int, deltas: Deltas) -> int:
         """Run the heads whose inputs changed; returns the column after the layer's queries, keys and values."""
         parts, base, n_circuits = self.streams.parts, self._reference.run, len(deltas.edges)
         ends = [column, column + parts.n_heads, column + parts.n_heads + parts.n_kv]
@@ -177,7 +168,7 @@ class Evaluator:
             return parts.results(layer, difference.flatten(0, 1), heads).unflatten(1, shape)
         return parts.results(layer, z, heads).unflatten(1, shape) - self._written(layer)[heads][:, None]
 
-    def _mlp(self, layer: int, column: int, deltas: _Deltas) -> int:
+    def _mlp(self, layer: int, column: int, deltas: Deltas) -> int:
         """Run the MLP of a layer if its input changed; returns the column after it."""
         parts, mid, n = self.streams.parts, self._reference.run.mid[layer], 1 + self.graph.split_mlp
         row = self.streams.source_rows(layer).stop - 1
