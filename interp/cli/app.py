@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from interp.cli import bench, capture, demo, doctor, models, run, runs, sae
+from interp.cli import bench, capture, demo, doctor, models, run, runs, sae, tasks
 
 HELP = """
 [bold]interp[/bold]: open a model, find what happens inside, test the explanation, replay it.
@@ -73,6 +73,7 @@ def root(
 demo.register(app)
 doctor.register(app)
 models.register(app)
+tasks.register(app)
 run.register(app)
 runs.register(app)
 capture.register(app)

@@ -166,6 +166,11 @@ class Drops:
         )
 
 
+def _short(text: str, width: int = 90) -> str:
+    """A text as it is quoted in a note."""
+    return repr(text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 2 :]}")
+
+
 def answer_token(model: LoadedModel, text: str, answer: str) -> int | None:
     """The id of an answer that continues a text as exactly one token, else None."""
     before, after = (tokenize(model, [t]).ids[0].tolist() for t in (text, text + answer))
@@ -176,7 +181,16 @@ def fit(model: LoadedModel, draft: Draft, drops: Drops) -> Fitted | None:
     """A draft in tokens; None, and counted, if it cannot be aligned."""
     start = adds_start(model)
     clean, corrupt = (tokenize(model, [text], add_special=start) for text in (draft.clean, draft.corrupt))
-    shown = f"{draft.clean!r} and {draft.corrupt!r}"
+    shown = f"{_short(draft.clean)} and {_short(draft.corrupt)}"
+    answers = [answer_token(model, draft.clean, text) for text in (draft.right, draft.wrong, *draft.also_wrong)]
+    known = [token for token in answers if token is not None]
+    if len(known) < len(answers):
+        split = (draft.right, draft.wrong, *draft.also_wrong)[answers.index(None)]
+        drops.add("an answer is not one token", f"{split!r} after {_short(draft.clean)}")
+        return None
+    if known[0] in known[1:]:
+        drops.add("right and wrong answer are the same token", f"{draft.right!r} and {draft.wrong!r}")
+        return None
     lengths = clean.ids.shape[1], corrupt.ids.shape[1]
     if lengths[0] != lengths[1]:
         drops.add("unequal lengths", f"{lengths[0]} tokens against {lengths[1]}: {shown}")
@@ -189,15 +203,6 @@ def fit(model: LoadedModel, draft: Draft, drops: Drops) -> Fitted | None:
         if (there := _position(corrupt, at)) != positions[name]:
             drops.add("a role lies at another token", f"{name} at {positions[name]} against {there}: {shown}")
             return None
-    answers = [answer_token(model, draft.clean, text) for text in (draft.right, draft.wrong, *draft.also_wrong)]
-    known = [token for token in answers if token is not None]
-    if len(known) < len(answers):
-        split = (draft.right, draft.wrong, *draft.also_wrong)[answers.index(None)]
-        drops.add("an answer is not one token", f"{split!r} after {draft.clean!r}")
-        return None
-    if known[0] in known[1:]:
-        drops.add("right and wrong answer are the same token", f"{draft.right!r} and {draft.wrong!r}")
-        return None
     right, wrong, *more = known
     return Fitted(
         draft=draft, length=lengths[0], right=right, wrong=wrong, also_wrong=tuple(more), positions=positions

@@ -151,7 +151,11 @@ TASK = Task(
         "01": "the start becomes the first year of the century (no year is held back)",
         "other": "the start becomes another year of the century",
     },
-    roles={"YY": "last two digits of the start (YY+1: its unit, if each digit is a token)", "END": "the last token"},
+    roles={
+        "YY": "last two digits of the start, or the first of them",
+        "YY+1": "the second of them, where each digit is a token",
+        "END": "the last token",
+    },
     make=make,
     metric="prob_diff",
     paper="https://arxiv.org/abs/2305.00586",

@@ -38,7 +38,7 @@ def _find() -> dict[str, Task]:
         task = getattr(importlib.import_module(f"{folder.__name__}.{info.name}"), "TASK", None)
         if isinstance(task, Task):
             found[task.name] = task
-    return found
+    return dict(sorted(found.items()))
 
 
 TASKS = _find()

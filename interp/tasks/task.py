@@ -25,8 +25,8 @@ Item = TypeVar("Item")
 SPLITS = ("train", "test")
 EVERY = 3
 """Every third word of a list, and every third sentence, is kept for the test split."""
-ATTEMPTS = 40
-"""Drafts that are tried for each pair asked for, before fewer are given."""
+ATTEMPTS, HOPELESS = 40, 120
+"""Drafts tried for each pair asked for before fewer are given; drafts in all before giving up on none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ def draw_pairs(
             if (found := fit(model, made, drops)) is not None:
                 fitted[found.length][made.group].append(found)
         best = max((_shares(by_group, share) for by_group in fitted.values()), key=len, default=[])
-        if len(best) == request.n:
+        if len(best) == request.n or (not best and start + batch >= HOPELESS):
             break
     if not best:
         raise drops.error() if drops.total else InterpError(f"{label}: no group of prompts of one length; ask for more")
