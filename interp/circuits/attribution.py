@@ -97,6 +97,15 @@ def edge_scores(
     )  # fmt: skip
 
 
+def node_scores(scores: EdgeScores) -> Float[Tensor, " source"]:
+    """What patching each source whole would do, as far as its edges tell: the sum over its edges out.
+
+    For scores from gradients this is attribution patching of the source, since the gradient at its output is the sum of
+    those at its readers.
+    """
+    return (scores.values * scores.graph.possible).sum(1)
+
+
 def points_of(method: str, steps: int) -> list[float]:
     """Where on the way from the clean to the corrupted run gradients are taken."""
     fixed = {"eap": [0.0], "clean-corrupt": [0.0, 1.0]}

@@ -1,6 +1,7 @@
-"""Exact edge patching: by how much the metric changes when one edge carries the corrupted run's value.
+"""Exact patching: by how much the metric changes when one edge, or one source, carries the corrupted run's value.
 
     effect(u -> v) = M(clean run in which v reads its stream + z_u,corrupt - z_u,clean) - M(clean)
+    effect(u)      = M(clean run in which all after u read that) - M(clean)
 with everything after v computed again (K. Wang et al. 2023, https://arxiv.org/abs/2211.00593; the same as resample
 ablation of the edge). A patch changes nothing before v's layer, so the layers are walked once for many edges: at each,
 the edges that end there join a growing batch of streams. Cost: from v's layer on, one forward row for each edge and
@@ -9,7 +10,7 @@ pair; all edges of a real model take hours, so name those that matter, or use `i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,17 +35,17 @@ Edges = Circuit | Sequence[str]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Effects:
-    """Measured effects of single edges."""
+    """Measured effects of single edges or sources."""
 
-    edges: tuple[str, ...]
-    values: Float[Tensor, "edge pair"]
-    """Metric with the edge patched, minus that of the clean run."""
+    names: tuple[str, ...]
+    values: Float[Tensor, "patch pair"]
+    """Metric with the edge or source patched, minus that of the clean run."""
     clean: Float[Tensor, " pair"]
     """Metric of the clean run."""
     corrupt: Float[Tensor, " pair"]
 
     @property
-    def mean(self) -> Float[Tensor, " edge"]:
+    def mean(self) -> Float[Tensor, " patch"]:
         return self.values.mean(1)
 
 
@@ -55,9 +56,35 @@ def exact_effects(
     wanted = [graph.edge(name) for name in edges]
     if not wanted:
         raise InterpError("no edges were asked for; name some, e.g. ['embed->logits']")
-    values = torch.zeros(len(wanted), len(pairs), dtype=model.dtype)
-    ends = [torch.zeros(len(pairs), dtype=model.dtype) for _ in range(2)]
-    limit = budget_of(budget)
+    return _measured(model, pairs, graph, metric, _wave, wanted, [graph.name(*edge) for edge in wanted], budget)
+
+
+def exact_nodes(
+    model: LoadedModel,
+    pairs: PromptPairs,
+    graph: Graph,
+    metric: Metric,
+    nodes: Sequence[str] | None = None,
+    *,
+    budget: int | None = None,
+) -> Effects:
+    """Patch each source alone, at all positions; by default every head and MLP."""
+    names = list(nodes) if nodes is not None else list(graph.source_names[1:])
+    wanted = [(graph.source(name), graph.source(name)) for name in names]
+    return _measured(model, pairs, graph, metric, _node_wave, wanted, names, budget)
+
+
+Wave = Callable[[Streams, Differences, Graph, Metric, Sequence[tuple[int, int]]], Tensor]
+"""Patches, sorted by the second number, to the metric of each patch and pair."""
+
+
+def _measured(
+    model: LoadedModel, pairs: PromptPairs, graph: Graph, metric: Metric, wave_of: Wave,
+    wanted: Sequence[tuple[int, int]], names: Sequence[str], budget: int | None,
+) -> Effects:  # fmt: skip
+    dtype, limit = torch.promote_types(model.dtype, torch.float32), budget_of(budget)
+    values = torch.zeros(len(wanted), len(pairs), dtype=dtype)
+    ends = [torch.zeros(len(pairs), dtype=dtype) for _ in range(2)]
     order = sorted(range(len(wanted)), key=lambda i: wanted[i][1])
     for batch in batches(pairs, stream_bytes(model, pairs) * graph.n_layers * 14, limit):
         streams = Streams.of(model, pairs.take(batch), first=batch.start)
@@ -65,13 +92,13 @@ def exact_effects(
         differences = Differences(streams, limit)
         per_wave = max(1, TOKENS_PER_PASS // streams.clean.before[0].flatten(0, 1).shape[0])
         for end, which in zip(ends, (streams.clean, streams.corrupt), strict=True):
-            end[streams.pair_ids] = _metric(streams, metric, which.before[-1], streams.rows)
+            end[streams.pair_ids] = _metric(streams, metric, which.before[-1], streams.rows).to(dtype)
         waves = [order[i : i + per_wave] for i in range(0, len(order), per_wave)]
-        for wave in track(waves, "patching edges"):
-            made = _wave(streams, differences, graph, metric, [wanted[i] for i in wave])
+        for wave in track(waves, "exact patching"):
+            made = wave_of(streams, differences, graph, metric, [wanted[i] for i in wave]).to(dtype)
             for place, i in enumerate(wave):
                 values[i, streams.pair_ids] = made[place] - ends[0][streams.pair_ids]
-    return Effects(edges=tuple(graph.name(*edge) for edge in wanted), values=values, clean=ends[0], corrupt=ends[1])
+    return Effects(names=tuple(names), values=values, clean=ends[0], corrupt=ends[1])
 
 
 def exact_scores(
@@ -126,6 +153,27 @@ def _wave(
         if last:
             x = torch.cat([x, *(streams.clean.before[-1] + _difference(streams, differences, row) for row in last)])
     return _metric(streams, metric, x, streams.rows.repeat(len(edges))).view(len(edges), n)
+
+
+def _node_wave(
+    streams: Streams, differences: Differences, graph: Graph, metric: Metric, nodes: Sequence[tuple[int, int]]
+) -> Float[Tensor, "node pair"]:
+    """Metric with each source patched; the sources are in the order of the graph."""
+    clean, rows = streams.clean, [row for row, _ in nodes]
+
+    def entering(base: Tensor, kind: str, layer: int) -> list[Tensor]:
+        there = [row for row in rows if graph.sources[row].kind == kind and graph.sources[row].layer == layer]
+        return [base + _difference(streams, differences, row) for row in there]
+
+    with torch.no_grad():
+        x = torch.cat([clean.before[0][:0], *entering(clean.before[0], "embed", -1)])
+        for layer in range(streams.parts.n_layers):
+            x = _attention(streams, differences, graph, layer, x, []) if len(x) else x
+            x = torch.cat([x, *entering(clean.mid[layer], "head", layer)])
+            if streams.parts.has_mlp:
+                x = _mlp(streams, differences, graph, layer, x, []) if len(x) else x
+                x = torch.cat([x, *entering(clean.before[layer + 1], "mlp", layer)])
+    return _metric(streams, metric, x, streams.rows.repeat(len(nodes))).view(len(nodes), -1)
 
 
 def _difference(streams: Streams, differences: Differences, row: int) -> Float[Tensor, "pair pos d_model"]:
