@@ -54,6 +54,8 @@ ROUNDING = 1e-6
 """Of the activations' length: variation below it is none."""
 LEAST = 0.1
 """Effect under which there is nothing to explain."""
+DORMANT = 0.6
+"""AUC of the classes along the row part under which it is called asleep."""
 MIN_BASE = 0.05
 """Smallest mean logit difference, in nats, that effects may be divided by."""
 
@@ -245,7 +247,7 @@ def verdict(found: Examined, rivals: Sequence[float]) -> Verdict:
         failed.append("the whole component, patched, does less than half of it: what differs there is not what works")
     parts = found.split
     if parts is not None and parts.telling and found.effect(ROW) < SHARE * effect:
-        asleep = "" if parts.auc_row > parts.auc_null else ", and the classes lie less apart along it than beside it"
+        asleep = ", and is asleep: the classes do not differ along it" if parts.auc_row < DORMANT else ""
         failed.append(f"the part that the layer's output can see does less than half of it alone{asleep}")
     if failed:
         return Verdict(trusted=False, reason="; ".join(failed))
