@@ -159,7 +159,7 @@ class Evaluator:
             deltas.add(row + head, delta)
         return after
 
-    def _beyond(self, layer: int, z: Tensor, heads: list[int]) -> Float[Tensor, "head circuit pair pos d_model"]:
+    def _beyond(self, layer: int, z: Tensor, heads: list[int]) -> Float[Tensor, "chosen circuit pair pos d_model"]:
         """What heads add beyond their reference."""
         parts, shape = self.streams.parts, (-1, len(self.streams))
         if self._exact_paths:  # linear in z: one product instead of two

@@ -174,7 +174,7 @@ class Sublayers:
 
     def results(
         self, layer: int, z: Float[Tensor, "row pos head d_head"], heads: Sequence[int] | None = None
-    ) -> Float[Tensor, "head row pos d_model"]:
+    ) -> Float[Tensor, "chosen row pos d_model"]:
         """What each head (or each of `heads`) adds to the stream; an output bias belongs to none."""
         chosen = torch.arange(self.n_heads) if heads is None else torch.tensor(list(heads))
         chosen = chosen.to(z.device)
