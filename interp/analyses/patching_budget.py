@@ -122,6 +122,9 @@ def calibrate(
 
 def most_missed(misses: int, drawn: int, total: int, confidence: float = CONFIDENCE) -> int:
     """Upper bound on the misses among `total` cells, `misses` of `drawn` of which were seen to be."""
-    possible = np.arange(misses, total - drawn + misses + 1)
-    likely = stats.hypergeom.cdf(misses, total, possible, drawn) > 1 - confidence
-    return int(possible[likely].max()) if likely.any() else misses
+    low, high = misses, total - drawn + misses  # the fewest and the most there can be
+    while low < high:
+        middle = (low + high + 1) // 2
+        likely = float(stats.hypergeom.cdf(misses, total, middle, drawn)) > 1 - confidence
+        low, high = (middle, high) if likely else (low, middle - 1)
+    return low

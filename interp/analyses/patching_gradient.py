@@ -7,8 +7,8 @@
            not linearised; the attention weights A' that the patch gives are computed, and (A' - A) * dM/dA summed.
            GradDrop: direct and indirect effect may cancel, so the gradient through each layer's output is dropped in
            turn, and the sizes are averaged: 1/(L - 1) sum_l |estimate with layer l dropped|. A size, without a sign.
-Beware: they linearise; a saturated site looks dead to AtP, a site that acts through the norm is misjudged, and AtP*
-pays one backward pass per layer. What the shortcuts miss is for the exact check of `patching_budget` to say.
+Beware: they linearise; a saturated site looks dead to AtP, a site that acts through the norm is misjudged, an expert
+that the base run did not choose has no gradient, and AtP* pays one backward pass per layer. What the shortcuts miss is for the exact check of `patching_budget` to say.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def _moves(model: LoadedModel, runs: Runs, grids: Sequence[Grid]) -> Moves:
         pattern, resid = Site(Part.PATTERN, layer), runs.base.base[f"resid_pre.{layer}"]
         rows = torch.arange(len(resid))
         patches = [Patch(place, row, pair, ("", 0, 0)) for row, pair in enumerate(runs.pairs.tolist())]
-        inside = [(i, p) for i, p in enumerate(patches) if (p.place.position(p.pair) or runs.start) >= runs.start]
+        where = [runs.start if (at := place.position(patch.pair)) is None else at for patch in patches]
+        inside = [(i, patch) for i, patch in enumerate(patches) if where[i] >= runs.start]
         with capture(model, pattern) as plain:
             runs.base.block(layer, resid, rows.to(resid.device))
         with capture(model, pattern) as acts, edited(model, insertion(runs, site, inside, runs.start)):
