@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from interp.analyses.codebook_steps import (
     DROP_NORM,
     both,
@@ -32,10 +30,10 @@ from interp.analyses.codebook_steps import (
 )
 from interp.analyses.codebook_views import PANELS, Found, control_rows, headline, notes, search_summary, steering_chart
 from interp.analyses.sae_views import evaluation_table
+from interp.analyses.split_text import SplitText, random_split, split_corpus
 from interp.core.errors import InterpError
 from interp.core.manifest import Manifest
 from interp.core.result import LabelledTensor, Result
-from interp.core.seed import torch_generator
 from interp.core.spec import Spec, Tolerance
 from interp.dictionaries.codebook import Codebook, Similarity
 from interp.dictionaries.codebook_config import CodebookConfig, Task, Update
@@ -45,10 +43,7 @@ from interp.dictionaries.codebook_stats import chosen_latents, contexts, usage
 from interp.dictionaries.heldout import held_out, score
 from interp.dictionaries.metrics import METRICS as FIDELITY
 from interp.instrument.store import ActivationStore, StoreConfig
-from interp.instrument.tokens import TokenRecord, from_ids
-from interp.models.bundled import cache_dir
 from interp.models.model import LoadedModel
-from interp.tasks.corpora import load_corpus
 
 SEARCHED = 64
 """Training sequences in which patterns and followers are looked for, at most."""
@@ -96,33 +91,16 @@ class CodebookMethodConfig:
     """First codes, order of the tokens, codes drawn for examples and steering."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CodebookData:
-    """Disjoint text to learn from and to judge on."""
-
-    train: TokenRecord
-    test: TokenRecord
-    store: Path | None
-    """Where activation stores are kept; None for a temporary folder."""
-
-
-def load(model: LoadedModel, cfg: CodebookMethodConfig) -> CodebookData:
+def load(model: LoadedModel, cfg: CodebookMethodConfig) -> SplitText:
     """The first sequences of the corpus for training, the next ones held out."""
-    return CodebookData(
-        train=load_corpus(model, cfg.corpus, cfg.n_sequences, cfg.length),
-        test=load_corpus(model, cfg.corpus, cfg.n_eval, cfg.length, skip=cfg.n_sequences),
-        store=cache_dir() / "stores",
-    )
+    return split_corpus(model, cfg.corpus, cfg.n_sequences, cfg.n_eval, cfg.length)
 
 
-def run(model: LoadedModel, data: CodebookData, cfg: CodebookMethodConfig) -> Result:
+def run(model: LoadedModel, data: SplitText, cfg: CodebookMethodConfig) -> Result:
     """Capture, learn, judge on held-out text."""
     started = time.perf_counter()
     site, patterns = model.table.one(cfg.site), patterns_of(cfg.patterns)
-    if data.test.hash == data.train.hash:
-        raise InterpError("the held-out text is the training text; judge on other sequences")
-    if len(data.test) < 2:
-        raise InterpError(f"n_eval={cfg.n_eval} held-out sequences give no interval; use at least 2, better 20")
+    data.check()
     with tempfile.TemporaryDirectory() as scratch:
         folder = data.store or Path(scratch)
         store = ActivationStore.write(model, data.train, site, folder, StoreConfig())
@@ -161,12 +139,8 @@ def run(model: LoadedModel, data: CodebookData, cfg: CodebookMethodConfig) -> Re
             method="codebook",
             model=model.record(),
             config=dataclasses.asdict(cfg),
-            data={
-                "name": cfg.corpus,
-                "hash": data.train.hash,
-                "hash_held_out": data.test.hash,
-                "n_tokens": data.train.n_tokens,
-                "n_tokens_held_out": data.test.n_tokens,
+            data=data.facts(cfg.corpus)
+            | {
                 "store": store.key,
             },
             sites=(str(site),),
@@ -208,16 +182,13 @@ def codebook_of(result: Result) -> Codebook:
     )  # fmt: skip
 
 
-def example(model: LoadedModel) -> tuple[CodebookData, CodebookMethodConfig]:
+def example(model: LoadedModel) -> tuple[SplitText, CodebookMethodConfig]:
     """A small case for a tiny model: the residual stream after its first block, on random tokens."""
     cfg = CodebookMethodConfig(
         site="resid_post.0", corpus="example", n_sequences=12, n_eval=10, length=24, n_codes=24, k=2, n_steps=30,
         patterns=("[a-z]", "[A-Z]", r"\d"),
     )  # fmt: skip
-    generator = torch_generator(0, "codebook-example")
-    ids = torch.randint(0, model.dims.d_vocab or 2, (cfg.n_sequences + cfg.n_eval, cfg.length), generator=generator)
-    train, test = from_ids(model, ids[: cfg.n_sequences]), from_ids(model, ids[cfg.n_sequences :])
-    return CodebookData(train=train, test=test, store=None), cfg
+    return random_split(model, cfg.n_sequences, cfg.n_eval, cfg.length, "codebook-example"), cfg
 
 
 SPEC = Spec(

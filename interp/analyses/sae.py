@@ -32,10 +32,10 @@ from interp.analyses.sae_views import (
     reconstruction_table,
     with_baselines,
 )
+from interp.analyses.split_text import SplitText, random_split, split_corpus
 from interp.core.errors import InterpError
 from interp.core.manifest import Manifest
 from interp.core.result import LabelledTensor, Result
-from interp.core.seed import torch_generator
 from interp.core.spec import Spec, Tolerance
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.baselines import ZeroDictionary, fit_pca, random_dictionary
@@ -49,10 +49,8 @@ from interp.dictionaries.sinks import ordinary
 from interp.dictionaries.splice import loss_recovered
 from interp.dictionaries.train import TrainConfig, Trained, train_sae
 from interp.instrument.store import ActivationStore, StoreConfig
-from interp.instrument.tokens import TokenRecord, from_ids
-from interp.models.bundled import cache_dir
+from interp.instrument.tokens import TokenRecord
 from interp.models.model import LoadedModel
-from interp.tasks.corpora import load_corpus
 
 SCORES = {name: METRICS[name] for name in ("fvu", "l0", "dead_fraction", "loss_recovered")}
 SAMPLE = 32_768
@@ -89,26 +87,12 @@ class SAEConfig:
     """Precision of the stored activations: float32, float16, bfloat16 or int8."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SAEData:
-    """Disjoint text to train on and to evaluate on."""
-
-    train: TokenRecord
-    test: TokenRecord
-    store: Path | None
-    """Where activation stores are kept; None for a temporary folder."""
-
-
-def load(model: LoadedModel, cfg: SAEConfig) -> SAEData:
+def load(model: LoadedModel, cfg: SAEConfig) -> SplitText:
     """The first sequences of the corpus for training, the next ones held out."""
-    return SAEData(
-        train=load_corpus(model, cfg.corpus, cfg.n_sequences, cfg.length),
-        test=load_corpus(model, cfg.corpus, cfg.n_eval, cfg.length, skip=cfg.n_sequences),
-        store=cache_dir() / "stores",
-    )
+    return split_corpus(model, cfg.corpus, cfg.n_sequences, cfg.n_eval, cfg.length)
 
 
-def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
+def run(model: LoadedModel, data: SplitText, cfg: SAEConfig) -> Result:
     """Capture, train, compare on held-out text."""
     started = time.perf_counter()
     site = model.table.one(cfg.site)
@@ -120,10 +104,7 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
         seed=cfg.seed,
         dead_after_tokens=data.train.n_tokens,
     )
-    if data.test.hash == data.train.hash:
-        raise InterpError("the held-out text is the training text; evaluate on other sequences")
-    if len(data.test) < 2:
-        raise InterpError(f"n_eval={cfg.n_eval} held-out sequences give no interval; use at least 2, better 20")
+    data.check()
     with tempfile.TemporaryDirectory() as scratch:
         folder = data.store or Path(scratch)
         store = ActivationStore.write(model, data.train, site, folder, StoreConfig(dtype=cfg.store_dtype))
@@ -150,12 +131,8 @@ def run(model: LoadedModel, data: SAEData, cfg: SAEConfig) -> Result:
             method="sae",
             model=model.record(),
             config=dataclasses.asdict(cfg),
-            data={
-                "name": cfg.corpus,
-                "hash": data.train.hash,
-                "hash_held_out": data.test.hash,
-                "n_tokens": data.train.n_tokens,
-                "n_tokens_held_out": data.test.n_tokens,
+            data=data.facts(cfg.corpus)
+            | {
                 "store": store.key,
                 "dictionary": describe(trained.sae),
                 "hook_name": next(iter(site.aliases), str(site)),
@@ -266,16 +243,13 @@ def save_saelens(what: Result | SparseDictionary, folder: Path | str) -> Path:
     return saelens.save_saelens(dictionary_of(what), folder, metadata=metadata)
 
 
-def example(model: LoadedModel) -> tuple[SAEData, SAEConfig]:
+def example(model: LoadedModel) -> tuple[SplitText, SAEConfig]:
     """A small case for a tiny model: the residual stream after its first block, on random tokens."""
     cfg = SAEConfig(
         site="resid_post.0", corpus="example", n_sequences=12, n_eval=10, length=24, d_dict=48, k=4, n_steps=30,
         batch_size=64,
     )  # fmt: skip
-    generator = torch_generator(0, "sae-example")
-    ids = torch.randint(0, model.dims.d_vocab or 2, (cfg.n_sequences + cfg.n_eval, cfg.length), generator=generator)
-    train, test = from_ids(model, ids[: cfg.n_sequences]), from_ids(model, ids[cfg.n_sequences :])
-    return SAEData(train=train, test=test, store=None), cfg
+    return random_split(model, cfg.n_sequences, cfg.n_eval, cfg.length, "sae-example"), cfg
 
 
 SPEC = Spec(

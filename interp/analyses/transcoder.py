@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from interp.analyses.sae_views import histogram
+from interp.analyses.split_text import SplitText, random_split, split_corpus
 from interp.analyses.transcoder_contest import (
     LINEAR,
     RANDOM,
@@ -44,7 +45,6 @@ from interp.analyses.transcoder_views import PANELS, control_rows, evaluation_ta
 from interp.core.errors import InterpError
 from interp.core.manifest import Manifest
 from interp.core.result import LabelledTensor, Result
-from interp.core.seed import torch_generator
 from interp.core.spec import Spec, Tolerance
 from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.dictionary import SparseDictionary
@@ -52,10 +52,7 @@ from interp.dictionaries.examples import top_examples
 from interp.dictionaries.judge.fidelity import METRICS as FIDELITY
 from interp.dictionaries.train_config import TrainConfig
 from interp.instrument.store import ActivationStore, StoreConfig
-from interp.instrument.tokens import TokenRecord, from_ids
-from interp.models.bundled import cache_dir
 from interp.models.model import LoadedModel
-from interp.tasks.corpora import load_corpus
 
 METRICS = {
     name: FIDELITY[name]
@@ -93,26 +90,12 @@ class TranscoderConfig:
     """Leave out position 0 and tokens whose input or output norm exceeds this multiple of the median; 0 keeps all."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TranscoderData:
-    """Disjoint text to train on and to evaluate on."""
-
-    train: TokenRecord
-    test: TokenRecord
-    store: Path | None
-    """Where activation stores are kept; None for a temporary folder."""
-
-
-def load(model: LoadedModel, cfg: TranscoderConfig) -> TranscoderData:
+def load(model: LoadedModel, cfg: TranscoderConfig) -> SplitText:
     """The first sequences of the corpus for training, the next ones held out."""
-    return TranscoderData(
-        train=load_corpus(model, cfg.corpus, cfg.n_sequences, cfg.length),
-        test=load_corpus(model, cfg.corpus, cfg.n_eval, cfg.length, skip=cfg.n_sequences),
-        store=cache_dir() / "stores",
-    )
+    return split_corpus(model, cfg.corpus, cfg.n_sequences, cfg.n_eval, cfg.length)
 
 
-def run(model: LoadedModel, data: TranscoderData, cfg: TranscoderConfig) -> Result:
+def run(model: LoadedModel, data: SplitText, cfg: TranscoderConfig) -> Result:
     """Capture, train all, compare on held-out text."""
     started = time.perf_counter()
     read, write = model.table.one(f"mlp_in.{cfg.layer}"), model.table.one(f"mlp_out.{cfg.layer}")
@@ -120,10 +103,7 @@ def run(model: LoadedModel, data: TranscoderData, cfg: TranscoderConfig) -> Resu
         d_dict=cfg.d_dict, k=cfg.k, n_steps=cfg.n_steps, batch_size=cfg.batch_size, lr=cfg.lr, seed=cfg.seed,
         dead_after_tokens=data.train.n_tokens,
     )  # fmt: skip
-    if data.test.hash == data.train.hash:
-        raise InterpError("the held-out text is the training text; evaluate on other sequences")
-    if len(data.test) < 2:
-        raise InterpError(f"n_eval={cfg.n_eval} held-out sequences give no interval; use at least 2, better 20")
+    data.check()
     with tempfile.TemporaryDirectory() as scratch:
         folder = data.store or Path(scratch)
         store = ActivationStore.write(model, data.train, [read, write], folder, StoreConfig(dtype="float16"))
@@ -151,12 +131,8 @@ def run(model: LoadedModel, data: TranscoderData, cfg: TranscoderConfig) -> Resu
             method="transcoder",
             model=model.record(),
             config=dataclasses.asdict(cfg),
-            data={
-                "name": cfg.corpus,
-                "hash": data.train.hash,
-                "hash_held_out": data.test.hash,
-                "n_tokens": data.train.n_tokens,
-                "n_tokens_held_out": data.test.n_tokens,
+            data=data.facts(cfg.corpus)
+            | {
                 "store": key,
             },
             sites=(str(read), str(write)),
@@ -222,16 +198,13 @@ def transcoder_of(result: Result, *, skip: bool = False) -> SparseDictionary:
     return made.requires_grad_(False)
 
 
-def example(model: LoadedModel) -> tuple[TranscoderData, TranscoderConfig]:
+def example(model: LoadedModel) -> tuple[SplitText, TranscoderConfig]:
     """A small case for a tiny model: its middle MLP, on random tokens."""
     cfg = TranscoderConfig(
         layer=1, corpus="example", n_sequences=12, n_eval=10, length=24, d_dict=48, k=4, n_steps=30, batch_size=64,
         lr=5e-4,
     )  # fmt: skip
-    generator = torch_generator(0, "transcoder-example")
-    ids = torch.randint(0, model.dims.d_vocab or 2, (cfg.n_sequences + cfg.n_eval, cfg.length), generator=generator)
-    train, test = from_ids(model, ids[: cfg.n_sequences]), from_ids(model, ids[cfg.n_sequences :])
-    return TranscoderData(train=train, test=test, store=None), cfg
+    return random_split(model, cfg.n_sequences, cfg.n_eval, cfg.length, "transcoder-example"), cfg
 
 
 SPEC = Spec(
