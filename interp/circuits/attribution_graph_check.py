@@ -56,11 +56,11 @@ def contributions(
     return {at: (pos, row[stand.block(at)]) for at in stand.writes}
 
 
-def linear_edits(frozen: Frozen, replaced: Replacement, active: Active) -> list[Edit]:
+def linear_edits(frozen: Frozen, replaced: Replacement, active: Active, *, mlps: bool = True) -> list[Edit]:
     """Edits that make the model the frozen replacement model: its own modules compute the rest.
 
     Patterns are those of the prompt, norms divide by its denominators, each MLP writes its active features (linear in
-    what they read), its straight path and its error.
+    what they read), its straight path and its error; with `mlps=False` the model's own MLPs stay.
     """
     seen: dict[tuple[str, int], Tensor] = {}
 
@@ -87,8 +87,10 @@ def linear_edits(frozen: Frozen, replaced: Replacement, active: Active) -> list[
             *([] if layer.after_attn.is_identity else [keep("z", number), _after(seen, number, layer)]),
             keep("resid_mid", number),
             norm(f"mlp_in.{number}", ("resid_mid", number), layer.mlp_norm),
-            Edit(f"mlp_out.{number}", _stand_in(replaced, active, seen, number), label="replace the MLP"),
         ]
+        if mlps:
+            function = _stand_in(replaced, active, seen, number)
+            found.append(Edit(f"mlp_out.{number}", function, label="replace the MLP"))
     last = frozen.n_layers - 1
     return [*found, keep("resid_post", last), norm("final_norm", ("resid_post", last), frozen.final_norm)]
 

@@ -195,7 +195,12 @@ def write_graph(file: GraphFile, folder: Path | str) -> Path:
 def read_graph(path: Path | str) -> GraphFile:
     """Read a graph of circuit-tracer, Neuronpedia or this package. Raises ArtefactError for anything else."""
     path = Path(path)
-    raw = _object(_read(path), str(path))
+    return parse_graph(_read(path), str(path))
+
+
+def parse_graph(value: object, path: str) -> GraphFile:
+    """What a file holds, from its JSON; `path` is named in errors."""
+    raw = _object(value, path)
     for name in ("metadata", "nodes", "links"):
         if name not in raw:
             raise ArtefactError(f"{path} is no attribution graph: it has no {name!r}")
@@ -225,7 +230,7 @@ _TYPES: dict[str, tuple[Literal["int", "float", "bool", "str"], bool]] = {
 """Entries of a node: type, and whether it must be there."""
 
 
-def _parsed(raw: Mapping[str, Any], path: Path) -> FileNode:
+def _parsed(raw: Mapping[str, Any], path: str) -> FileNode:
     known: dict[str, Any] = {}
     for name, (kind, needed) in _TYPES.items():
         value = raw.get(name)
@@ -271,7 +276,7 @@ def _read_index(folder: Path) -> list[dict[str, Any]]:
     path = folder / INDEX
     if not path.exists():
         return []
-    return [_object(item, str(path)) for item in _items(_object(_read(path), str(path)).get("graphs", []), path)]
+    return [_object(item, str(path)) for item in _items(_object(_read(path), str(path)).get("graphs", []), str(path))]
 
 
 def _object(value: object, what: str) -> dict[str, Any]:
@@ -280,7 +285,7 @@ def _object(value: object, what: str) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _items(value: object, path: Path) -> Sequence[Any]:
+def _items(value: object, path: str) -> Sequence[Any]:
     if not isinstance(value, list):
         raise ArtefactError(f"{path} has {str(value)[:80]!r} where a list was expected")
     return cast("list[Any]", value)

@@ -121,6 +121,8 @@ def freeze(
     model: LoadedModel, tokens: Int[Tensor, " pos"], *, dtype: torch.dtype = torch.float32, tolerance: float = 2e-3
 ) -> Frozen:
     """Run the prompt once and freeze it. Raises InterpError for a model that is not affine then."""
+    if model.hub.pending:  # its activations would be frozen as those of the untouched model
+        raise InterpError("a capture or an edit of this model is open; build the graph outside it")
     parts = _checked(model, tokens)
     top = Part.LOGITS_PRE if Part.LOGITS_PRE in parts else Part.LOGITS
     ends = [Site(Part.EMBED), Site(Part.FINAL_NORM), Site(top)]

@@ -11,7 +11,7 @@ features there are left out and the error takes all of the MLP's output.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from interp.circuits.transcoder_graph_frozen import Frozen
 from interp.core.errors import InterpError, unknown
+from interp.core.seed import torch_generator
 from interp.dictionaries.cross_layer import CrossLayerTranscoder
 from interp.dictionaries.dictionary import SparseDictionary
 
@@ -161,6 +162,32 @@ def activate(frozen: Frozen, replaced: Replacement, *, skip_first: int = 1) -> A
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     assert errors.shape == (n_layers, n_pos, frozen.embed.shape[1])
     return Active(**joined, errors=errors, constants=constants)
+
+
+def only(active: Active, replaced: Replacement, keep: Sequence[tuple[int, ...]]) -> Active:
+    """Some of the active features, as (layer, pos, number); what the others write is added to the errors."""
+    wanted = set(keep)
+    names = zip(active.layer.tolist(), active.pos.tolist(), active.number.tolist(), strict=True)
+    stays = torch.tensor([name in wanted for name in names], dtype=torch.bool)
+    errors = active.errors.clone()
+    for layer in range(len(errors)):
+        for index, vectors in written(replaced, active, layer):
+            gone = ~stays[index]
+            errors[layer].index_add_(0, active.pos[index][gone], vectors[gone])
+    parts = ("layer", "pos", "number", "value", "pre", "bias")
+    return replace(active, errors=errors, **{name: getattr(active, name)[stays] for name in parts})
+
+
+@torch.no_grad()
+def shuffled_decoders(replaced: Replacement, *, seed: int) -> Replacement:
+    """The same encoders, rows of each decoder exchanged between features: a control."""
+    stands: list[Stand] = []
+    for stand in replaced.stands:
+        own = stand.dictionary.like()
+        order = torch.randperm(own.d_dict, generator=torch_generator(seed, "exchange", stand.layer))
+        own.W_dec.copy_(own.W_dec[order].clone())
+        stands.append(replace(stand, dictionary=own))
+    return Replacement(stands=tuple(stands))
 
 
 def read_by(frozen: Frozen, stand: Stand) -> Float[Tensor, "pos d_model"]:

@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.circuits.transcoder_graph_layers import Read, Replacement, replacement
+from interp.circuits.transcoder_graph_frozen import Frozen
+from interp.circuits.transcoder_graph_layers import Read, Replacement, Stand, activate, read_by, replacement
 from interp.core.errors import ArtefactError, InterpError
 from interp.core.hash import hash_json
+from interp.core.seed import torch_generator
+from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.formats import circuit_tracer
 from interp.dictionaries.formats.cross_layer import read_clt
@@ -86,6 +89,27 @@ def read_replacement(folder: Path | str) -> Replacement:
 
 def _read(hook: Any) -> Read:
     return "resid_mid" if "resid_mid" in str(hook or "") else "mlp_in"
+
+
+@torch.no_grad()
+def random_like(replaced: Replacement, frozen: Frozen, *, seed: int) -> Replacement:
+    """The same sizes and the same number of active features on this prompt, all directions random: a control.
+
+    Encoder and decoder rows keep their mean norms; inputs are centred on the prompt's mean.
+    """
+    active = activate(frozen, replaced)
+    stands: list[Stand] = []
+    for stand in replaced.stands:
+        own, n = stand.dictionary, len(active.where(stand.layer))
+        k = min(max(round(n / max(frozen.n_pos - 1, 1)), 1), own.d_dict)
+        made = SparseDictionary(own.d_in, own.d_dict, TopK(k), d_out=own.d_out, dtype=own.W_enc.dtype)
+        generator = torch_generator(seed, "random-like", stand.layer)
+        for weight, like, dim in ((made.W_enc, own.W_enc, 0), (made.W_dec, own.W_dec, 1)):
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
+            weight.copy_(drawn / drawn.norm(dim=dim, keepdim=True) * like.norm(dim=dim).mean())
+        made.b_enc.copy_(-read_by(frozen, stand).mean(0).to(made.W_enc.dtype) @ made.W_enc)
+        stands.append(dataclasses.replace(stand, dictionary=made.requires_grad_(False)))
+    return Replacement(stands=tuple(stands))
 
 
 def train_small(

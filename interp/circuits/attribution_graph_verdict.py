@@ -1,0 +1,92 @@
+"""Headline, controls and notes of the `attribution_graph` method (a helper)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from interp.circuits.attribution_graph_check import Ablation, Agreement
+from interp.circuits.attribution_graph_scores import Pruned, Scores
+from interp.circuits.attribution_graph_value import AttributionGraph
+from interp.circuits.transcoder_graph_layers import Replacement
+from interp.core.controls import rank_test
+from interp.core.result import Control
+
+N_RANDOM = 39
+"""Random sets of features that the most influential ones are compared with: the smallest p is 1 / 40."""
+LINEAR, HELD, LIVE = "model made linear", "attention and norms held", "live model"
+TRAINED, RANDOM = "transcoders", "random features"
+
+
+def headline(
+    graph: AttributionGraph, pruned: Pruned, scores: dict[str, Scores], effects: dict[str, Agreement], gone: Ablation
+) -> dict[str, Any]:
+    """The few numbers that a script wants."""
+    found = scores[TRAINED]
+    exchanged = [own for name, own in scores.items() if name.startswith("decoders")]
+    return {
+        "top_token": graph.logit_strings[0],
+        "top_probability": float(graph.logit_probabilities[0]),
+        "n_active": graph.n_active,
+        "n_features": graph.n_features,
+        "n_nodes_kept": len(pruned.nodes),
+        "n_edges_kept": int((pruned.edges != 0).sum()),
+        "replacement": found.replacement,
+        "completeness": found.completeness,
+        "completeness_exchanged": max((own.completeness for own in exchanged), default=None),
+        "completeness_random": scores[RANDOM].completeness,
+        "dropped": found.dropped,
+        "accounting": float(graph.accounting().max()),
+        "agreement_linear": effects[LINEAR].correlation,
+        "agreement_held": effects[HELD].correlation,
+        "agreement_live": effects[LIVE].correlation,
+        "ablation_kl": gone.top,
+        "ablation_kl_random": float(gone.random.mean()),
+    }
+
+
+def control_rows(scores: dict[str, Scores], effects: dict[str, Agreement], gone: Ablation) -> tuple[Control, ...]:
+    """What could have refuted the graph."""
+    own = scores[TRAINED].completeness
+    p = rank_test(gone.top, gone.random.double())
+    made = [
+        Control(
+            name=f"{N_RANDOM} random sets of {gone.n_features} features of equal size",
+            statistic="KL when the most influential features are taken out, against the random mean, nats",
+            observed=gone.top, control=float(gone.random.mean()), passed=p < 0.05, p_value=p,
+        ),
+        Control(
+            name="the model made linear by edits",
+            statistic="r of predicted and measured effects of taking a feature out, at least .999",
+            observed=effects[LINEAR].correlation, control=0.999, passed=effects[LINEAR].correlation >= 0.999,
+        ),
+    ]  # fmt: skip
+    for name, other in scores.items():
+        if name != TRAINED:
+            made.append(
+                Control(
+                    name=name, statistic="completeness of the graph", observed=own, control=other.completeness,
+                    passed=own > other.completeness,
+                )
+            )  # fmt: skip
+    return tuple(made)
+
+
+def notes_of(
+    graph: AttributionGraph, pruned: Pruned, scores: Scores, lost: float, replaced: Replacement
+) -> tuple[str, ...]:
+    """What to doubt."""
+    n = len(replaced.of_layer)
+    found = [
+        f"pruning dropped {pruned.dropped_influence:.1%} of the influence and {pruned.dropped_edges:.1%} of the edge "
+        f"scores; the figure shows the most influential nodes and leaves out {lost:.1%} of what is kept",
+        "attention patterns are given: the graph does not say why heads attend where they do",
+    ]
+    if n < graph.n_layers:
+        found.append(
+            f"{graph.n_layers - n} of {graph.n_layers} layers have no transcoder: their MLP outputs are errors"
+        )
+    if scores.dropped > 0:
+        found.append(
+            f"the node budget left out {graph.n_active - graph.n_features} features, {scores.dropped:.1%} of the edges"
+        )
+    return tuple(found)

@@ -1,0 +1,141 @@
+"""The method `attribution_graph`: tables that agree with the graph, circuit-tracer's file, a config that is heard."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from circuit_tracer.frontend.graph_models import Model
+
+from interp.circuits.attribution_graph import SPEC, graph_file_of
+from interp.circuits.graph_json import read_graph, write_graph
+from interp.circuits.transcoder_graph_frozen import freeze
+from interp.circuits.transcoder_graph_layers import activate, only, replacement, shuffled_decoders
+from interp.core.errors import InterpError
+from interp.core.result import Result
+from interp.core.run import Run, load_run, save_run
+from interp.models.tiny import tiny_model
+
+
+def run_it(family: str = "llama", **changes: Any) -> tuple[Result, Any]:
+    model = tiny_model(family)
+    data, cfg = SPEC.example(model)
+    return SPEC.run(model, data, replace(cfg, **changes)), data
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return run_it()[0]
+
+
+def test_the_headline_is_that_of_the_tables(result: Result) -> None:
+    head, nodes, edges = result.headline, result.tables["nodes"], result.tables["edges"]
+    assert head["n_nodes_kept"] == len(nodes) > 10
+    assert head["n_edges_kept"] == len(edges) > 10
+    assert set(edges["source"]) | set(edges["target"]) <= set(nodes["node"])
+    assert head["accounting"] < 1e-5
+    assert head["agreement_linear"] > 0.9999
+    assert edges["weight"].abs().is_monotonic_decreasing
+    layers = result.tables["layers"]
+    assert layers["influence"].sum() == pytest.approx(1, abs=1e-6)
+    drawn, shown = result.tables["drawn"], result.tables["drawn_nodes"]
+    assert set(drawn["start"]) | set(drawn["end"]) <= set(shown["node"])
+    assert shown["row"].min() == -1
+    assert "driven by" in "".join(nodes["reading"])
+
+
+def test_controls_can_fail_and_say_what_they_compare(result: Result) -> None:
+    names = [control.name for control in result.controls]
+    assert len(names) == 4
+    assert any("equal size" in name for name in names)
+    assert any("exchanged" in name for name in names)
+    assert next(control for control in result.controls if "linear" in control.name).passed
+    model = tiny_model("llama")
+    data, cfg = SPEC.example(model)
+    same = SPEC.run(model, replace(data, random=data.transcoders), cfg)
+    assert not next(control for control in same.controls if control.name == "random features").passed
+
+
+def test_its_file_is_circuit_tracers(result: Result, tmp_path: Path) -> None:
+    path = write_graph(graph_file_of(result, slug="tiny"), tmp_path)
+    model = Model.model_validate_json(path.read_text())
+    weights = sorted(link["weight"] for link in model.links)
+    assert weights == pytest.approx(sorted(result.tables["edges"]["weight"]))
+    assert len(model.metadata.prompt_tokens) == 10
+    save_run(tmp_path / "run", Run(results=(result,), facts={}))
+    again = write_graph(graph_file_of(load_run(tmp_path / "run").results[0], slug="again"), tmp_path)
+    assert read_graph(again).nodes == read_graph(path).nodes
+    assert read_graph(again).links == read_graph(path).links
+
+
+def test_a_node_budget_is_reported_and_predictions_stay_exact() -> None:
+    found, _ = run_it("gpt2", max_features=25)
+    assert (found.headline["n_features"], found.headline["n_active"]) == (25, 81)
+    assert 0 < found.headline["dropped"] < 0.5
+    assert found.headline["agreement_linear"] > 0.9999
+    assert any("node budget left out 56 features" in note for note in found.notes)
+
+
+def test_thresholds_keep_more_or_less() -> None:
+    few, many = run_it(node_threshold=0.4)[0], run_it(node_threshold=0.95)[0]
+    assert few.headline["n_nodes_kept"] < many.headline["n_nodes_kept"]
+    assert few.headline["completeness"] == many.headline["completeness"]
+
+
+def test_features_left_out_go_into_the_errors() -> None:
+    model = tiny_model("llama")
+    data, _ = SPEC.example(model)
+    frozen = freeze(model, data.prompt.ids[0])
+    active = activate(frozen, data.transcoders)
+    names = list(zip(active.layer.tolist(), active.pos.tolist(), active.number.tolist(), strict=True))
+    some = only(active, data.transcoders, names[::3])
+    assert len(some) == (len(active) + 2) // 3
+    none = only(active, data.transcoders, [])
+    straight = torch.stack([s.dictionary.b_dec for s in data.transcoders.stands])[:, None]
+    outputs = torch.stack([layer.mlp_out for layer in frozen.layers])
+    torch.testing.assert_close(none.errors, outputs - straight, rtol=1e-4, atol=1e-4)
+
+
+def test_exchanged_decoders_are_the_same_rows() -> None:
+    model = tiny_model("llama")
+    data, _ = SPEC.example(model)
+    other = shuffled_decoders(data.transcoders, seed=3)
+    for a, b in zip(data.transcoders.stands, other.stands, strict=True):
+        assert torch.equal(a.dictionary.W_enc, b.dictionary.W_enc)
+        assert not torch.equal(a.dictionary.W_dec, b.dictionary.W_dec)
+        rows = [tuple(row) for row in a.dictionary.W_dec.tolist()]
+        assert sorted(rows) == sorted(tuple(row) for row in b.dictionary.W_dec.tolist())
+
+
+def test_perfect_transcoders_leave_no_error() -> None:
+    """MLPs of the model replaced by linear ones, stood in for by as many features: completeness 1, replacement 1."""
+    model = tiny_model("gpt2")
+    data, cfg = SPEC.example(model)
+    with torch.no_grad():
+        for layer in range(3):
+            model.weight("W_down", layer).zero_()
+    module: Any = model.module
+    for layer, block in enumerate(module.transformer.h):
+        block.mlp.c_proj.bias.data.copy_(data.transcoders.of_layer[layer].dictionary.b_dec)
+    silent = {}
+    for stand in data.transcoders.stands:
+        own = stand.dictionary.like()
+        with torch.no_grad():
+            own.W_dec.zero_()
+        silent[stand.layer] = own
+    found = SPEC.run(model, replace(data, transcoders=replacement(silent)), cfg)
+    assert found.headline["completeness"] == pytest.approx(1, abs=1e-5)
+    assert found.headline["replacement"] == pytest.approx(1, abs=1e-5)
+
+
+def test_loading_refuses_what_is_not_there(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(InterpError, match="no layer 9"):
+        SPEC.load(model, replace(SPEC.config(), layers=(9,)))
+    with pytest.raises(InterpError, match="transcoders"):
+        SPEC.load(model, replace(SPEC.config(), transcoders=str(tmp_path)))
+    with pytest.raises(InterpError, match="attribution_graph"):
+        graph_file_of(replace(run_it()[0], manifest=replace(run_it()[0].manifest, method="sae")))
