@@ -189,6 +189,25 @@ def test_safety_settings_may_change_on_the_way(tmp_path):
     assert steps_in(tmp_path / "run" / "checkpoints") == [24, 22, 20, 18]
 
 
+def test_a_run_that_torchelastic_starts_again_goes_on_by_itself(tmp_path, monkeypatch):
+    with pytest.raises(Diverged):
+        train(ONE, broken_at(13, torch.nan), tmp_path / "run", SAFE)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    drawn = []
+
+    class Counted(Planted):
+        def next(self):
+            drawn.append(self.number)
+            return super().next()
+
+    made = train(ONE, Counted(), tmp_path / "run", SAFE)
+    assert drawn == list(range(10, 24))  # from the last good checkpoint on
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    whole = train(ONE, Planted(), tmp_path / "whole", SAFE)
+    a, b = (load(found["auto"]).dictionary.state_dict() for found in (made, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_watchers_and_listeners_hear_every_step(tmp_path):
     ticks, heard = list[Tick](), list[tuple[str, int, int]]()
     with listening(lambda *said: heard.append(said)):
