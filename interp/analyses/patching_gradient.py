@@ -8,7 +8,8 @@
            GradDrop: direct and indirect effect may cancel, so the gradient through each layer's output is dropped in
            turn, and the sizes are averaged: 1/(L - 1) sum_l |estimate with layer l dropped|. A size, without a sign.
 Beware: they linearise; a saturated site looks dead to AtP, a site that acts through the norm is misjudged, an expert
-that the base run did not choose has no gradient, and AtP* pays one backward pass per layer. What the shortcuts miss is for the exact check of `patching_budget` to say.
+that the base run did not choose has no gradient, and AtP* pays one backward pass per layer. What the shortcuts miss is
+for the exact check of `patching_budget` to say.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from interp.cli import bench, capture, demo, doctor, models, run, runs, sae, tasks
+from interp.cli import bench, capture, demo, doctor, models, patch, run, runs, sae, tasks
 
 HELP = """
 [bold]interp[/bold]: open a model, find what happens inside, test the explanation, replay it.
@@ -25,7 +25,7 @@ EXAMPLES = """
    interp verify smollm2-135m               does each hold what its name says?
    interp run massive --help                the flags of a method
    interp run massive --model smollm2-135m --n-sequences 6
-   interp run patching --config my.yaml --set k=v --out runs/mine --json
+   interp patch --task ioi --site resid_post,z --out runs/mine --json
    interp replay runs/demo                  recompute and compare every number
    interp doctor                            what is missing, and how to fix it
 
@@ -75,6 +75,7 @@ doctor.register(app)
 models.register(app)
 tasks.register(app)
 run.register(app)
+patch.register(app)
 runs.register(app)
 capture.register(app)
 sae.register(app)

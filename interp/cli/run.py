@@ -1,4 +1,4 @@
-"""`interp run METHOD` and the verbs that are short for it: `patch`, `steer sweep`, `steer extract`.
+"""`interp run METHOD` and the verbs that are short for it: `steer sweep`, `steer extract`.
 
 The flags of a method are the fields of its config, found through its SPEC: a new method needs no change here.
 """
@@ -42,7 +42,6 @@ class Job:
 
 def register(app: typer.Typer) -> None:
     method_command(app, "run", None, "Run a method and save what it found: interp run METHOD [FLAGS].")
-    method_command(app, "patch", "patching", "Activation patching (short for: run patching).")
     steering = typer.Typer(help="Steering vectors: build one, or sweep layers and strengths.", no_args_is_help=True)
     method_command(steering, "sweep", "steering", "Layer by strength sweep, with controls (short for: run steering).")
     steer.register(steering)
@@ -75,7 +74,7 @@ def method_command(app: typer.Typer, name: str, method: str | None, about: str) 
         )  # fmt: skip
         execute(job)
 
-    panel = PANEL if name in ("run", "patch") else None
+    panel = PANEL if name == "run" else None
     app.command(name, help=about, context_settings=PASS_ON, add_help_option=False, rich_help_panel=panel)(command)
 
 

@@ -1,0 +1,105 @@
+"""`interp patch`: its flags, its JSON, a time budget, replay, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from interp.analyses.patching_time import TimePlan
+from interp.cli import main
+from interp.core.errors import InterpError
+from interp.core.run import load_run
+
+OWN = ["--clean", "ab", "--corrupt", "ac", "--right", "x", "--wrong", "y"]
+PATCH = ["patch", "--model", "tiny-llama", "--min-accuracy", "0", "--no-report"]
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, Any, str]:
+        capsys.readouterr()
+        status = main([*PATCH, *argv])
+        printed = capsys.readouterr()
+        return status, json.loads(printed.out) if "--json" in argv and status == 0 else printed.out, printed.err
+
+    return run
+
+
+def test_flags_become_the_config_and_the_run_replays(said: Any) -> None:
+    status, found, _ = said(
+        *OWN, "--site", "mlp_out,z.1", "--window", "1", "--direction", "noising", "--metric", "log_prob", "--seed", "3",
+        "--out", "r", "--json",
+    )  # fmt: skip
+    assert status == 0
+    (result,) = load_run(Path("r")).results
+    config = result.manifest.config
+    assert config["kinds"] == ["mlp_out", "z.1"] and config["intervention"] == "noising"
+    assert (config["metric"], config["seed"], config["clean"]) == ("log_prob", 3, "ab")
+    top = found["top"]
+    assert {row["metric"] for row in top} == {"log_prob"} and {row["direction"] for row in top} == {"noising"}
+    sizes = [abs(row["effect"]) for row in top]
+    assert sizes == sorted(sizes, reverse=True)
+    assert main(["replay", "r"]) == 0
+
+
+def test_a_task_with_a_corruption_and_a_window(said: Any) -> None:
+    status, found, _ = said(
+        "--task", "induction", "--n", "3", "--site", "attn_out@END", "--window", "2", "--direction", "mean",
+        "--out", "r", "--json",
+    )  # fmt: skip
+    assert status == 0 and found["summary"]["patching"]["n_prompts"] == 3
+    (result,) = load_run(Path("r")).results
+    assert result.manifest.config["kinds"] == ["attn_out@END~2"]
+    windows = result.tables["windows"]
+    assert list(windows["layer"]) == [0, 1, 2] and set(windows["direction"]) == {"mean"}
+
+
+def test_a_budget_is_kept_and_calibrated(said: Any) -> None:
+    status, found, _ = said("--task", "induction", "--n", "3", "--site", "z", "--budget", "4", "--out", "r", "--json")
+    assert status == 0 and 4 <= found["summary"]["patching"]["n_checked"] <= 12
+    assert any("with 95 % confidence" in note for note in found["notes"])
+    assert main(["replay", "r"]) == 0
+
+
+def test_a_time_budget_measures_every_site_where_that_fits(said: Any) -> None:
+    status, _, _ = said(
+        "--task", "induction", "--n", "2", "--site", "z", "--time-budget", "3000", "--out", "r", "--json"
+    )
+    assert status == 0
+    assert load_run(Path("r")).results[0].manifest.config["check_budget"] == 0
+
+
+def test_seconds_become_sites() -> None:
+    plan = TimePlan(exact=100, shortcuts=10, per_cell=0.5, n_cells=200)
+    assert plan.budget(200) == 0
+    assert plan.budget(50) == 20  # 0.8 x 50 - 10 = 30 s, three shortcuts of 0.5 s a site
+    with pytest.raises(InterpError, match="13 s are too few.*about 16.2 s, all 200 sites about 125.0 s"):
+        plan.budget(13)
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--task", "iio"], "unknown task 'iio'; nearest: ioi"),
+        (["--task", "induction", "--corruption", "none"], "corruption"),
+        ([*OWN, "--corruption", "abc"], "a pair of your own has its --corrupt"),
+        ([*OWN, "--site", "resid_pots"], "resid_post"),
+        ([*OWN, "--direction", "denoise"], "denoising"),
+        ([*OWN, "--metric", "logits"], "logit_diff"),
+        ([*OWN, "--site", "z~2", "--window", "2"], "drop one"),
+        ([*OWN, "--budget", "4", "--time-budget", "5"], "exclude each other"),
+        ([*OWN, "--budget", "1"], "check_budget=1"),
+        ([*OWN, "--time-budget", "0.001"], "too few"),
+        (["--clean", "ab"], "needs all of clean, corrupt, right and wrong"),
+        ([*OWN, "--site", "z@S2"], "place in 'z@S2'"),
+        ([*OWN, "--direction", "resample"], "at least 2 prompts"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing(argv: list[str], hint: str, said: Any, tmp_path: Path) -> None:
+    status, _, err = said(*argv)
+    lines = [line for line in err.splitlines() if line.startswith("interp: error:")]
+    assert status == 2 and len(lines) == 1 and hint in lines[0]
+    assert list(tmp_path.iterdir()) == []
