@@ -61,6 +61,18 @@ def halves(model: LoadedModel, record: TokenRecord, length: int) -> Float[Tensor
     return torch.cat(found, dim=1)
 
 
+def losses_in_text(model: LoadedModel, record: TokenRecord) -> float:
+    """Mean loss of the next token, nats, under whatever edits are open."""
+    total, count = 0.0, 0
+    for start in range(0, len(record), ROWS):
+        rows = record.rows(slice(start, start + ROWS))
+        logits = model(rows)
+        target = rows.ids[:, 1:].to(logits.device)
+        nll = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2).float(), target, reduction="sum")
+        total, count = total + float(nll), count + target.numel()
+    return total / count
+
+
 def ablate(
     model: LoadedModel, data: HeadsData, ranked: Sequence[Head], sizes: Sequence[int], n_draws: int, seed: int
 ) -> list[Ablation]:

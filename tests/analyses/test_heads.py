@@ -269,9 +269,12 @@ def test_heads_of_smollm2() -> None:
     losses = result.tables["ablations"].groupby(["series", "n_heads"])["nll"].mean()
     for n_heads, zeroed, averaged in ((1, 5.98, 5.85), (3, 8.15, 7.83), (5, 11.70, 10.68)):
         assert losses["top heads, zero", n_heads] == pytest.approx(zeroed, abs=0.3)
-        assert losses["top heads, mean", n_heads] == pytest.approx(averaged, abs=0.6)
+        assert averaged - 0.3 < losses["top heads, mean", n_heads] < zeroed + 0.3
         assert losses["control: random heads, zero", n_heads] < 5
     assert all(control.passed for control in result.controls)
+    best = [tuple(map(int, name.split("."))) for name in expected["prefix"]]
+    own_mean = ablate(model, replace(load_data(model, cfg), repeated=rows, fresh=rows), best, (5,), 1, seed=0)[1]
+    assert own_mean.mean == pytest.approx(10.68, abs=0.15), "with the mean over the same rows, as the reference has it"
 
 
 def test_spec_scores_every_head() -> None:
