@@ -168,7 +168,7 @@ def run(model: LoadedModel, data: AttributionGraphData, cfg: AttributionGraphCon
     }
     size = plan(frozen, data.transcoders, _build(cfg))
     return Result(
-        headline=headline(graph, pruned, scores, effects, gone) | {"bytes": size.bytes_},
+        headline=headline(graph, pruned, scores, effects, gone),
         tables=tables,
         panels=PANELS,
         controls=control_rows(scores, effects, gone),
@@ -183,7 +183,7 @@ def run(model: LoadedModel, data: AttributionGraphData, cfg: AttributionGraphCon
             seconds=time.perf_counter() - started,
         ),
         tensors={"pruned": LabelledTensor(values=pruned.edges.contiguous(), axes=("target", "source"))},
-        notes=notes_of(graph, pruned, scores[TRAINED], lost, data.transcoders),
+        notes=(str(size), *notes_of(graph, pruned, scores[TRAINED], lost, data.transcoders)),
     )  # fmt: skip
 
 

@@ -1,0 +1,143 @@
+"""Circuits from discrete codes: planted heads, the null of exchanged labels, and the method on a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from interp.circuits.discrete_circuit import SPEC
+from interp.circuits.discrete_views import EDGE, MEAN, NODE, auc_table, control_rows, spearman
+from interp.core.errors import InterpError
+from interp.core.seed import torch_generator
+from interp.dictionaries.discrete import (
+    DiscreteConfig,
+    discrete_codes,
+    edge_scores,
+    head_names,
+    head_outputs,
+    learn_directions,
+    mean_difference,
+    node_scores,
+    shuffled,
+)
+from interp.instrument.edits import edited, patch_from
+from interp.instrument.tokens import from_ids
+from interp.models.tiny import tiny_model
+
+N, HEADS, PLANTED, D = 40, 24, 5, 16
+
+
+def planted(noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Head outputs: planted heads choose among three directions, other ones on positives than on negatives."""
+    generator = torch_generator(seed, "planted")
+    directions = torch.eye(D)
+    positive = torch.arange(N) < N // 2
+    H = torch.randn(N, HEADS, D, generator=generator) * noise
+    pick = torch.randint(0, 3, (N, HEADS), generator=generator)
+    H += 4 * directions[pick]
+    H[:, :PLANTED] += 4 * (directions[3 + pick[:, :PLANTED]] - directions[pick[:, :PLANTED]]) * positive[:, None, None]
+    circuit = torch.arange(HEADS) < PLANTED
+    return H, positive, circuit
+
+
+def test_disjoint_codes_without_noise_are_found_exactly() -> None:
+    H, positive, circuit = planted(0.0)
+    codes = discrete_codes(learn_directions(H, DiscreteConfig(d_dict=64, n_steps=200)), H)
+    nodes = node_scores(codes, positive)
+    assert float(roc_auc_score(circuit, nodes)) == 1.0
+    assert bool((nodes[~circuit] == 0).all())
+    assert bool((nodes[:PLANTED] >= 1).all())
+    edges = edge_scores(codes, positive)
+    assert float(roc_auc_score(circuit, edges)) > 0.9
+    swapped = node_scores(codes, ~positive)
+    assert float(roc_auc_score(circuit, swapped)) == 1.0  # negatives have codes of their own too
+
+
+def test_exchanged_labels_are_the_null() -> None:
+    """Planted heads vary more, so at some noise exchanged labels find them too: chance is not .5."""
+    found: dict[float, tuple[float, list[float]]] = {}
+    for noise in (0.0, 0.3):
+        H, positive, circuit = planted(noise)
+        codes = discrete_codes(learn_directions(H, DiscreteConfig(d_dict=64, n_steps=200)), H)
+        null = shuffled(node_scores, codes, positive, n=20)
+        own = float(roc_auc_score(circuit, node_scores(codes, positive)))
+        found[noise] = own, [float(roc_auc_score(circuit, row)) for row in null]
+    assert found[0.0][0] > max(found[0.0][1])
+    assert np.mean(found[0.3][1]) > 0.65
+    own, aucs = found[0.0]
+    scores = {name: [node_scores(codes, positive)] for name in SPEC_SCORES} | {MEAN: [mean_difference(H, positive)]}
+    table = auc_table(scores, circuit, circuit.float() + torch.rand(HEADS) * 0.1)
+    assert table.set_index("score").loc[MEAN, "auc"] == 1.0  # what needs no dictionary finds them as well
+    rows = control_rows(table, own, torch.tensor(aucs))
+    assert rows[0].passed and not rows[1].passed
+    flat = control_rows(table, float(np.median(aucs)), torch.tensor(aucs))
+    assert not flat[0].passed
+
+
+SPEC_SCORES = (NODE, "the same, share of all codes", EDGE, "linear probe")
+
+
+def test_node_scores_count_sets() -> None:
+    codes = torch.tensor([[1, 7], [2, 7], [2, 8], [3, -1]])
+    positive = torch.tensor([True, True, False, False])
+    assert node_scores(codes, positive).tolist() == [1, 1]  # {1, 2} - {2, 3} and {7} - {8, silent}
+    assert node_scores(codes, positive, normalised=True).tolist() == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_head_outputs_add_up_to_attention() -> None:
+    model = tiny_model("llama")
+    ids = torch.randint(0, 250, (5, 7), generator=torch_generator(0, "ids"))
+    H = head_outputs(model, from_ids(model, ids))
+    assert head_names(model) == [(layer, head) for layer in range(3) for head in range(4)]
+    from interp.instrument.capture import capture
+
+    with capture(model, "attn_out.1") as acts:
+        model(ids)
+    torch.testing.assert_close(H[:, 4:8].sum(1), acts["attn_out.1"].mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_rank_correlation_is_scipys() -> None:
+    a = torch.tensor([3.0, 1.0, 1.0, 5.0, 2.0])
+    b = torch.tensor([1.0, 1.0, 0.0, 9.0, 4.0])
+    assert spearman(a, b) == pytest.approx(float(spearmanr(a, b).statistic))
+    assert spearman(a, torch.ones(5)) == 0.0
+
+
+def test_the_method_agrees_with_patching_by_hand() -> None:
+    """The circuit it reports is that of heads whose output is replaced by the corrupted run's."""
+    model = tiny_model("llama")
+    pairs, cfg = SPEC.example(model)
+    result = SPEC.run(model, pairs, cfg)
+    heads = result.tables["heads"]
+    metric = pairs.take(range(3)).metric()
+    from interp.instrument.capture import capture
+
+    with capture(model, "z.*") as acts:
+        model(pairs.corrupt.ids[:3])
+    rows = torch.arange(3)
+    clean = metric(model(pairs.clean.ids[:3])[:, -1:], rows)
+    for row in heads.to_dict("records")[::5]:
+        site, head = f"z.{row['layer']}", row["head"]
+        with edited(model, patch_from(site, acts[site], head=head)):
+            moved = metric(model(pairs.clean.ids[:3])[:, -1:], rows)
+        assert row["effect"] == pytest.approx(float((moved - clean).mean()), rel=1e-3, abs=1e-4)
+    assert int(heads["in_circuit"].sum()) == result.headline["n_circuit"] == 3
+    smallest = heads.loc[heads["in_circuit"], "size_of_effect"].min()
+    assert smallest >= heads.loc[~heads["in_circuit"], "size_of_effect"].max()
+
+
+def test_refusals() -> None:
+    model = tiny_model("llama")
+    pairs, cfg = SPEC.example(model)
+    with pytest.raises(InterpError, match="min_accuracy"):
+        SPEC.run(model, pairs, replace(cfg, min_accuracy=1.0))
+    with pytest.raises(InterpError, match="circuit_share"):
+        SPEC.run(model, pairs, replace(cfg, circuit_share=1.0))
+    with pytest.raises(InterpError, match="unknown task"):
+        SPEC.load(model, replace(cfg, task="io"))
