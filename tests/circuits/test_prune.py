@@ -103,12 +103,12 @@ def one_at_a_time(
 
 
 @pytest.mark.parametrize(
-    ("family", "absolute", "kl", "share"),
+    ("family", "absolute", "kl", "tau"),
     [
-        ("llama", True, False, 1.0),
-        ("llama", False, True, 1.0),
-        ("gpt2", False, False, 0.6),
-        ("gemma3", True, False, 1.0),
+        ("llama", True, False, 0.003),
+        ("llama", False, True, 0.0003),
+        ("gpt2", False, False, 0.003),
+        ("gemma3", True, False, 0.003),
     ],
 )
 def test_acdc_is_one_edge_at_a_time(family: str, absolute: bool, kl: bool, tau: float) -> None:
