@@ -234,8 +234,8 @@ def _mlp_gate(n: int, seed: int) -> Planted:
 def _redundant(n: int, seed: int) -> Planted:
     """The clean prompt has the flag: only then does one of the pair make up for the other."""
     wiring = _flags((0, 2))
-    wiring.neuron(1, 0, gate=("brought", 10.0, 0.2), up=("one", 1.0), out=("yes", 0.2))
-    wiring.neuron(1, 1, gate=("brought", 10.0, 0.7), up=("one", 1.0), out=("yes", -0.2))
+    wiring.neuron(1, 0, gate=("brought", 20.0, 0.2), up=("one", 1.0), out=("yes", 0.125))
+    wiring.neuron(1, 1, gate=("brought", 20.0, 0.6), up=("one", 1.0), out=("yes", -0.125))
     generator, made = torch_generator(seed, "redundant prompts"), list[Prompt]()
     for _ in range(n):
         clean = _filled("P", "Q", generator)

@@ -51,7 +51,7 @@ class Wiring:
         n_heads: int = 4,
         n_kv_heads: int = 4,
         d_mlp: int = 8,
-        noise: float = 0.02,
+        noise: float = 0.01,
         seed: int = 0,
     ) -> None:
         import transformers
