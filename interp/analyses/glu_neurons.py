@@ -56,9 +56,9 @@ class GluNeuronsConfig:
     """A task whose answers are two tokens."""
     role: str = "NAME"
     """The token that decides between them."""
-    n_train: int = 48
+    n_train: int = 32
     """Pairs to choose on; clean and corrupted prompts both count."""
-    n_test: int = 48
+    n_test: int = 24
     """Pairs to measure on, with other words."""
     from_layer: int = -1
     """First layer whose neurons are read; -1: the middle."""
@@ -70,7 +70,7 @@ class GluNeuronsConfig:
     """Mean attention to the deciding token from which a head is a candidate."""
     n_heads: int = 3
     """Heads set to zero, one more at a time."""
-    n_draws: int = 8
+    n_draws: int = 5
     """Random sets of neurons, and of heads."""
     min_accuracy: float = 0.75
     """Share of prompts the model must get right; below it the run is refused."""

@@ -2,7 +2,7 @@
 helper of `glu_neurons`).
 
 A ridge probe of the stream after each layer at the last token, w = (X^T X + lambda I)^-1 X^T y on centred activations,
-lambda = RIDGE * mean squared length; its accuracy on other words stands beside that of a probe of shuffled labels.
+lambda = RIDGE * mean squared length; its accuracy on other words stands beside that of probes of shuffled labels.
 Neurons of a class: the k of each layer whose value vectors have the largest cosine with w (with -w for the other
 class). They are set to zero at the last token only. Beside them random neurons of the same layers whose contribution
 |hidden_j| * |W_down[j]| is alike.
@@ -27,6 +27,8 @@ from interp.models.model import LoadedModel
 
 RIDGE = 0.1
 """Of the mean squared length of the centred activations."""
+N_SHUFFLES = 20
+"""Probes of shuffled labels: along a direction as strong as the class, one alone is right nearly always or never."""
 ALIKE = 8
 """Neurons nearest in contribution, among which one stands in for each chosen one."""
 
@@ -41,7 +43,7 @@ class Probe:
     accuracy: float
     """On the test prompts."""
     accuracy_shuffled: float
-    """The same of a probe of shuffled labels."""
+    """The same of probes of shuffled labels, mean."""
 
 
 def at_last(model: LoadedModel, given: Prompts, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "prompt ..."]]:
@@ -68,17 +70,25 @@ def probes(model: LoadedModel, train: Prompts, test: Prompts, layers: Sequence[i
     """A probe for the stream after each layer."""
     sites = [Site(Part.RESID_POST, layer) for layer in layers]
     x, held = at_last(model, train, sites), at_last(model, test, sites)
-    order = torch.randperm(len(train), generator=torch_generator(seed, "shuffled labels"))
+    generator = torch_generator(seed, "shuffled labels")
+    orders = [torch.randperm(len(train), generator=generator) for _ in range(N_SHUFFLES)]
     found: list[Probe] = []
     for layer, site in zip(layers, sites, strict=True):
-        accuracies: list[float] = []
-        direction = torch.zeros(x[site].shape[1], dtype=torch.float64)
-        for y in (train.sign[order], train.sign):
-            direction = ridge(x[site], y)
+
+        def right(direction: Tensor, site: Site = site) -> float:
             said = (held[site] - x[site].mean(0)) @ direction
-            accuracies.append(float(((said > 0) == test.label).double().mean()))
-        unit = direction / direction.norm().clamp_min(1e-30)
-        found.append(Probe(layer=layer, direction=unit, accuracy=accuracies[1], accuracy_shuffled=accuracies[0]))
+            return float(((said > 0) == test.label).double().mean())
+
+        shuffled = [right(ridge(x[site], train.sign[order])) for order in orders]
+        direction = ridge(x[site], train.sign)
+        found.append(
+            Probe(
+                layer=layer,
+                direction=direction / direction.norm().clamp_min(1e-30),
+                accuracy=right(direction),
+                accuracy_shuffled=sum(shuffled) / len(shuffled),
+            )
+        )
     return found
 
 
