@@ -133,7 +133,7 @@ def _draw_series(drawing: Drawing, picture: Figure, axes: list[Any]) -> None:
     named = {shorten(name): handle for name, handle in list(handles.items())[:12] if name}
     if named:
         picture.legend(
-            list(named.values()), list(named), loc="outside lower left", ncols=min(4, len(named)), frameon=False
+            list(named.values()), list(named), loc="outside upper left", ncols=min(4, len(named)), frameon=False
         )
 
 
