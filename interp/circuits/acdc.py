@@ -74,7 +74,7 @@ def acdc(
         raise InterpError(f"tau={tau} is negative: nothing would be removed that does not help; give at least 0")
     begin = time.monotonic()
     run = _Run(
-        evaluator=Evaluator(model, pairs, graph, ablation=ablation),
+        evaluator=Evaluator(model, pairs, graph, ablation=ablation, n_last=metric.n_last),
         metric=metric, tau=tau, absolute=absolute, edges=(start or graph.full()).edges.clone(), limit=budget_of(budget),
     )  # fmt: skip
     key = hash_json([model.weight_hash, pairs.hash, metric.name, tau, absolute, ablation, _packed(run.edges)])

@@ -78,7 +78,7 @@ def edge_scores(
     )
     per = _bytes_per_pair(model, pairs, graph)
     for batch in batches(pairs, per, limit):
-        streams = Streams.of(model, pairs.take(batch), first=batch.start)
+        streams = Streams.of(model, pairs.take(batch), n_last=metric.n_last, first=batch.start)
         check_graph(streams, graph)
         differences = Differences(streams, limit)
         at_once = max(1, limit // (per * len(streams)))

@@ -82,7 +82,7 @@ def faithfulness(
     listed, limit = _listed(circuits), budget_of(budget)
     values = torch.zeros(len(listed), len(pairs), dtype=torch.promote_types(model.dtype, torch.float32))
     ends = torch.zeros(2, len(pairs), dtype=values.dtype)
-    for evaluator in evaluators(model, pairs, listed[0], ablation, limit):
+    for evaluator in evaluators(model, pairs, listed[0], ablation, metric.n_last, limit):
         here = evaluator.pair_ids
         ends[0, here], ends[1, here] = (end.to(values) for end in evaluator.ends(metric))
         n = evaluator.circuits_at_once(limit)
@@ -105,21 +105,21 @@ def run_circuit(
 ) -> Float[Tensor, "circuit pair last vocab"]:
     """Logits of the last positions with each circuit; one circuit makes a first axis of 1."""
     listed, limit, found = _listed(circuits), budget_of(budget), list[Tensor]()
-    for evaluator in evaluators(model, pairs, listed[0], ablation, limit):
+    for evaluator in evaluators(model, pairs, listed[0], ablation, n_last, limit):
         n = evaluator.circuits_at_once(limit)
         found.append(torch.cat([evaluator.logits(listed[i : i + n], n_last) for i in range(0, len(listed), n)]))
     return torch.cat(found, dim=1)
 
 
 def evaluators(
-    model: LoadedModel, pairs: PromptPairs, circuit: Circuit, ablation: str, budget: int
+    model: LoadedModel, pairs: PromptPairs, circuit: Circuit, ablation: str, n_last: int, budget: int
 ) -> Iterator[Evaluator]:
     """Evaluators of the pairs in batches that fit, one after the other. Means are over all pairs: no batches there."""
     graph = circuit.graph
     per_pair = stream_bytes(model, pairs) * (2 * len(graph.sources) + 14 * graph.n_layers)
     parts = [range(len(pairs))] if ablation == "mean" else batches(pairs, per_pair, budget)
     for part in parts:
-        yield Evaluator(model, pairs.take(part), graph, ablation=ablation, first=part.start)
+        yield Evaluator(model, pairs.take(part), graph, ablation=ablation, n_last=n_last, first=part.start)
 
 
 def _listed(circuits: Circuit | Sequence[Circuit]) -> list[Circuit]:

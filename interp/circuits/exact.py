@@ -87,7 +87,7 @@ def _measured(
     ends = [torch.zeros(len(pairs), dtype=dtype) for _ in range(2)]
     order = sorted(range(len(wanted)), key=lambda i: wanted[i][1])
     for batch in batches(pairs, stream_bytes(model, pairs) * graph.n_layers * 14, limit):
-        streams = Streams.of(model, pairs.take(batch), first=batch.start)
+        streams = Streams.of(model, pairs.take(batch), n_last=metric.n_last, first=batch.start)
         check_graph(streams, graph)
         differences = Differences(streams, limit)
         per_wave = max(1, TOKENS_PER_PASS // streams.clean.before[0].flatten(0, 1).shape[0])

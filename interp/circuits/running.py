@@ -54,12 +54,21 @@ class Evaluator:
     """Some pairs, ready to be run with any circuit of a graph: the two runs are made once."""
 
     def __init__(
-        self, model: LoadedModel, pairs: PromptPairs, graph: Graph, *, ablation: str = "corrupt", first: int = 0
+        self,
+        model: LoadedModel,
+        pairs: PromptPairs,
+        graph: Graph,
+        *,
+        ablation: str = "corrupt",
+        n_last: int = 1,
+        first: int = 0,
     ) -> None:
-        """`first`: number of the first pair for the caller's metric."""
+        """`n_last`: how many positions of logits, from the end, can be asked for; `first`: number of the first pair for
+        the caller's metric."""
         if ablation not in ABLATIONS:
             raise unknown("ablation", ablation, ABLATIONS)
-        self.streams = Streams.of(model, pairs, start=None if ablation == "corrupt" else 0, first=first)
+        start = None if ablation == "corrupt" else 0
+        self.streams = Streams.of(model, pairs, n_last=n_last, start=start, first=first)
         check_graph(self.streams, graph)
         self.graph, self.ablation, self.pair_ids = graph, ablation, self.streams.pair_ids
         self._reference = _reference(self.streams, ablation)
@@ -73,6 +82,8 @@ class Evaluator:
         for circuit in circuits:
             if circuit.graph is not self.graph and not circuit.graph.same(self.graph):
                 raise InterpError(f"{circuit} is of another graph than {self.graph}")
+        if n_last > (held := self.streams.clean.before[0].shape[1]):
+            raise InterpError(f"logits of {n_last} positions, {held} were run; make the Evaluator with n_last={n_last}")
         trim = given is None and self._exact_paths
         kept = [circuit.connected() if trim else circuit for circuit in circuits]
         with torch.no_grad():

@@ -77,13 +77,17 @@ class Streams:
     """Positions of the prompt; the runs hold those from `start` on."""
 
     @staticmethod
-    def of(model: LoadedModel, pairs: PromptPairs, *, start: int | None = None, first: int = 0) -> Streams:
-        """Run the pairs. `start`: run positions from there on; by default from the first difference. `first`: number
-        of the first pair for the caller."""
+    def of(
+        model: LoadedModel, pairs: PromptPairs, *, n_last: int = 1, start: int | None = None, first: int = 0
+    ) -> Streams:
+        """Run the pairs. `n_last`: how many positions at the end will be asked for. `start`: run positions from there
+        on; by default from the first difference. `first`: number of the first pair for the caller."""
         if not bool(pairs.clean.mask.all() and pairs.corrupt.mask.all()):
             raise InterpError("the prompts hold padding; edge methods take pairs of one length (see tasks.base.align)")
         Graph.of(model)  # says what is wrong with a model that has none
-        start = pairs.first_difference if start is None else start
+        if not 0 < n_last <= pairs.n_pos:
+            raise InterpError(f"n_last={n_last} positions of prompts that have {pairs.n_pos}")
+        start = min(pairs.first_difference, pairs.n_pos - n_last) if start is None else start
         parts = Sublayers(model, pairs.clean.ids, start=start)
         n = len(pairs)
         rows = torch.arange(n, device=model.device).repeat(2)

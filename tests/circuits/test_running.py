@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from interp.circuits.attribution import edge_scores
 from interp.circuits.evaluate import Faithfulness, faithfulness, run_circuit
+from interp.circuits.exact import exact_effects
 from interp.circuits.graph import Circuit, Graph
 from interp.circuits.running import Evaluator, Given
 from interp.core.errors import InterpError
@@ -17,7 +20,7 @@ from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
 from interp.tasks.base import PromptPairs
 from interp.tasks.ioi import random_pairs
-from interp.tasks.metrics import AnswerMetric
+from interp.tasks.metrics import AnswerMetric, Divergence
 from tests.circuits import by_hand
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "phi3", "olmo2")
@@ -162,6 +165,33 @@ def test_a_pair_without_gap_has_no_number() -> None:
     )  # fmt: skip
     assert found.per_pair[0, 0] == 0.5 and bool(found.per_pair[0, 1].isnan())
     assert found.mean.item() == 0.5
+
+
+def test_a_metric_may_read_what_stands_before_the_first_difference() -> None:
+    model = small()
+    pairs, graph = some_pairs(model), Graph.of(model)
+    assert pairs.n_pos - pairs.first_difference < 7
+    metric = Divergence(reference=model(pairs.clean)[:, -7:].log_softmax(-1))
+    found = faithfulness(model, pairs, graph.empty(), metric)
+    torch.testing.assert_close(
+        found.values[0], metric(model(pairs.corrupt)[:, -7:], torch.arange(3)), atol=1e-6, rtol=0
+    )
+    assert edge_scores(model, pairs, graph, metric, "eap-ig").values.any()
+    assert exact_effects(model, pairs, graph, metric, ["embed->m0"]).values.any()
+    with pytest.raises(InterpError, match="logits of 7 positions, 4 were run"):
+        Evaluator(model, pairs, graph).logits([graph.full()], 7)
+
+
+def test_prompts_that_cannot_be_taken_are_refused() -> None:
+    model = small()
+    pairs, graph = some_pairs(model), Graph.of(model)
+    mask = pairs.clean.mask.clone()
+    mask[0, 0] = False
+    padded = replace(pairs, clean=replace(pairs.clean, mask=mask))
+    with pytest.raises(InterpError, match="hold padding"):
+        run_circuit(model, padded, graph.full())
+    with pytest.raises(InterpError, match="n_last=9 positions of prompts that have 8"):
+        run_circuit(model, pairs, graph.full(), n_last=9)
 
 
 def test_bad_input_is_refused() -> None:
