@@ -85,8 +85,9 @@ def _identities(model: LoadedModel, ends: Endpoints) -> list[Control]:
 
 def _answers(found: Sweep) -> Control:
     """The same patches, scored by answers of unrelated prompts: the largest effect of each, over the same sites."""
+    names = [grid.name for grid in components(found)]
     largest = {
-        metric: max(float(np.nanmax(np.abs(found.effect(grid.name, metric).mean(0)))) for grid in components(found))
+        metric: float(np.nanmax(np.concatenate([np.abs(found.effect(name, metric).mean(0)).ravel() for name in names])))
         for metric in ("logit_diff", OTHER)
     }
     return Control(

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.analyses.patching_places import HEADS, STREAM, Grid, Place, sites_of
+from interp.analyses.patching_plan import graph_rows
 from interp.analyses.patching_runs import Runs
 from interp.analyses.patching_scores import wide
 from interp.analyses.patching_wave import Patch, by_position, insertion
@@ -99,20 +100,38 @@ def _wanted(grids: Sequence[Grid], moves: Moves) -> list[Site]:
 def _gradients(
     model: LoadedModel, runs: Runs, metric: Metric, sites: Sequence[Site], point: float, dropped: int | None = None
 ) -> dict[Site, Tensor]:
-    """dM/d activation of every row, on positions from the runs' start on, summed over nothing."""
+    """dM/d activation of every row at a share of the way to the donor; rows and positions first."""
     if not sites:
         return {}
-    first, second = runs.embeds
-    at = first if second is None else torch.lerp(first, second, point)
-    edits = [set_to("embed", at)]
+    n_rows = graph_rows(model, runs.base.tokens.shape[1])
+    parts = [
+        _of_rows(model, runs, metric, sites, point, dropped, slice(i, i + n_rows))
+        for i in range(0, len(runs.pairs), n_rows)
+    ]
+    return {site: torch.cat([part[site] for part in parts])[:, runs.start :] for site in sites}
+
+
+def _of_rows(
+    model: LoadedModel,
+    runs: Runs,
+    metric: Metric,
+    sites: Sequence[Site],
+    point: float,
+    dropped: int | None,
+    rows: slice,
+) -> dict[Site, Tensor]:
+    """The gradients of some rows; those of different rows have nothing to do with each other."""
+    first, second = (None if end is None else end[rows] for end in runs.embeds)
+    assert first is not None
+    edits = [set_to("embed", first if second is None else torch.lerp(first, second, point))]
     for part in (Part.ATTN_OUT, Part.MLP_OUT) if dropped is not None else ():
         edits += [Edit(site, lambda x, _: x.detach(), label="drop") for site in _there(model, part, dropped)]
     with edited(model, edits), capture(model, sites, grad=True) as acts:
-        logits = wide(model(runs.base.tokens)[:, -metric.n_last :])
-        total = metric(logits, runs.pairs).sum()
+        logits = wide(model(runs.base.tokens[rows])[:, -metric.n_last :])
+        total = metric(logits, runs.pairs[rows]).sum()
         # Into the activations alone: the weights' own gradients stay as they were, also after an exception.
         torch.autograd.backward(total, inputs=[raw for s in sites if (raw := acts.records[s][-1].raw) is not None])
-    return {site: by_position(site, acts.grad(site))[:, runs.start :] for site in sites}
+    return {site: by_position(site, acts.grad(site)) for site in sites}
 
 
 def _there(model: LoadedModel, part: Part, layer: int | None) -> list[Site]:
@@ -164,6 +183,7 @@ def _moves(model: LoadedModel, runs: Runs, grids: Sequence[Grid]) -> Moves:
     if any(len(place.sites) > 1 for place in places):
         raise InterpError("queries and keys of several layers together have no repaired estimate; drop the window")
     found: dict[Place, tuple[slice, Tensor]] = {}
+    untouched: dict[int, Tensor] = {}
     for place in track(places, "attention weights of patched queries and keys"):
         site, layer = place.sites[0], place.layer
         pattern, resid = Site(Part.PATTERN, layer), runs.base.base[f"resid_pre.{layer}"]
@@ -171,12 +191,14 @@ def _moves(model: LoadedModel, runs: Runs, grids: Sequence[Grid]) -> Moves:
         patches = [Patch(place, row, pair, ("", 0, 0)) for row, pair in enumerate(runs.pairs.tolist())]
         where = [runs.start if (at := place.position(patch.pair)) is None else at for patch in patches]
         inside = [(i, patch) for i, patch in enumerate(patches) if where[i] >= runs.start]
-        with capture(model, pattern) as plain:
-            runs.base.block(layer, resid, rows.to(resid.device))
+        if layer not in untouched:
+            with capture(model, pattern) as plain:
+                runs.base.block(layer, resid, rows.to(resid.device))
+            untouched = {layer: plain[pattern]}  # places come layer by layer
         with capture(model, pattern) as acts, edited(model, insertion(runs, site, inside, runs.start)):
             runs.base.block(layer, resid, rows.to(resid.device))
         heads = _heads(model, site, place)
-        found[place] = heads, (acts[pattern] - plain[pattern])[:, heads]
+        found[place] = heads, (acts[pattern] - untouched[layer])[:, heads]
     return found
 
 

@@ -59,6 +59,13 @@ def plan_sweep(model: LoadedModel, n_pos: int, n_last: int = 1, *, memory_free: 
     )
 
 
+def graph_rows(model: LoadedModel, n_pos: int) -> int:
+    """Prompts whose gradients are taken together: until the backward pass everything is kept, in every layer."""
+    vocab = 3 * 4 * (model.dims.d_vocab or 0)
+    per_row = n_pos * (model.n_layers * _bytes(model, n_pos) + vocab)
+    return max(1, int(SHARE * free_memory(model.device) / per_row))
+
+
 def _bytes(model: LoadedModel, n_pos: int) -> int:
     """Per row and position."""
     d = model.dims

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from interp.analyses import patching_gradient
 from interp.analyses.patching import PatchingConfig, example, run
 from interp.analyses.patching_budget import calibrate, choose, most_missed
 from interp.analyses.patching_gradient import atp_star, estimates, mean_gradient
 from interp.analyses.patching_places import Grid, make_grids, sites_of
+from interp.analyses.patching_plan import graph_rows
 from interp.analyses.patching_runs import Intervention, Runs, make_runs
 from interp.analyses.patching_scores import endpoints, sweep
 from interp.core.errors import InterpError
@@ -217,6 +219,19 @@ def test_a_layer_drops_its_own_sites() -> None:
         model(pairs.corrupt.ids)
     alone = ((donor["z.0"] - acts["z.0"].detach()) * acts.grad("z.0")).sum((1, 3)).abs()
     np.testing.assert_allclose(star[:, 0], alone.numpy(), atol=1e-9)
+
+
+def test_rows_are_split_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    pairs = random_pairs(model, n=3, length=5)
+    grids, runs = prepared(model, pairs, Intervention.GAUSSIAN, "z", "k", "mlp_out")
+    metric = endpoints(model, pairs).primary
+    whole = estimates(model, runs, grids, metric, n_steps=2, fix_qk=True)
+    assert graph_rows(model, 5) > 30
+    monkeypatch.setattr(patching_gradient, "graph_rows", lambda *_: 7)
+    split = estimates(model, runs, grids, metric, n_steps=2, fix_qk=True)
+    for name, values in whole.items():
+        np.testing.assert_allclose(split[name], values, rtol=1e-4, atol=1e-4)
 
 
 def test_refusals_of_the_shortcuts() -> None:

@@ -1,13 +1,15 @@
 """`interp patch`: its flags, its JSON, a time budget, replay, refusals."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from interp.analyses.patching_time import TimePlan
-from interp.cli import main
+from interp.cli import bench, main
+from interp.cli.bench_capture import Group
 from interp.core.errors import InterpError
 from interp.core.run import load_run
 
@@ -103,3 +105,16 @@ def test_refusals_are_one_line_and_leave_nothing(argv: list[str], hint: str, sai
     lines = [line for line in err.splitlines() if line.startswith("interp: error:")]
     assert status == 2 and len(lines) == 1 and hint in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.needs_package("transformer_lens")
+def test_the_bench_gives_every_system_the_same_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "b.json"
+    assert main(["bench", "patching", "--model", "tiny-llama", "--rounds", "1", "--json", "--out", str(out)]) == 0
+    timings = json.loads(capsys.readouterr().out)["timings"]
+    assert [t["system"].split(",")[0] for t in timings] == ["TransformerBridge", "interp", "interp"]
+    assert all(t["difference"] < 1e-4 for t in timings)
+    assert "4 of 42, scaled up" in timings[0]["system"]
+    plan = Group(case="c", systems={"slow": lambda: time.sleep(0.02)}, scale={"slow": 10.0})
+    (timed,) = bench._race("w", plan, rounds=1)  # pyright: ignore[reportPrivateUsage]
+    assert 0.2 <= timed.median_s < 2
