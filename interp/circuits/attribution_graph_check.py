@@ -66,7 +66,7 @@ def linear_edits(frozen: Frozen, replaced: Replacement, active: Active, *, mlps:
 
     def keep(name: str, layer: int) -> Edit:
         def function(x: Tensor, _: Context) -> Tensor:
-            seen[name, layer] = x.to(frozen.embed.dtype)
+            seen[name, layer] = x.to(frozen.embed)
             return x
 
         return Edit(f"{name}.{layer}", function, label="read")
@@ -160,7 +160,7 @@ def last_logits(
     for start in range(0, len(groups), ROWS):
         part = groups[start : start + ROWS]
         with taken_out(model, graph, replaced, part, held):
-            found.append(model(graph.tokens.expand(len(part), -1))[:, -1].float())
+            found.append(model(graph.tokens.expand(len(part), -1))[:, -1].float().cpu())
     return torch.cat(found)
 
 
@@ -197,7 +197,7 @@ def agreement(
     held: Sequence[Edit] = (),
 ) -> Agreement:  # fmt: skip
     """Take each of the features out of the model: live, or with `linear_edits` in `held`."""
-    base = model(graph.tokens[None])[0, -1].float()
+    base = model(graph.tokens[None])[0, -1].float().cpu()
     moved = base - last_logits(model, graph, replaced, [[int(i)] for i in features], held)
     moved = moved - moved.mean(-1, keepdim=True)
     return Agreement(
@@ -248,7 +248,7 @@ def ablation(
             free = [int(i) for i in pool if int(i) not in drawn]
             drawn.append(free[int(torch.randint(len(free), (), generator=generator))])
         groups.append(drawn)
-    base = model(graph.tokens[None])[0, -1].float().log_softmax(-1)
+    base = model(graph.tokens[None])[0, -1].float().cpu().log_softmax(-1)
     moved = last_logits(model, graph, replaced, groups).log_softmax(-1)
     kl = (base.exp() * (base - moved)).sum(-1)
     return Ablation(top=float(kl[0]), random=kl[1:], n_features=n)

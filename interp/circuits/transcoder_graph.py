@@ -93,18 +93,18 @@ def de_embedding(
 ) -> Float[Tensor, " vocab"]:  # fmt: skip
     """How much each token's embedding drives a feature directly, or through one head (layer, head) below it."""
     e = encoder_rows(model, stand_of(replaced, layer), torch.tensor([number]))[:, 0]
-    W_E = model.weight("W_E").detach().to(e.dtype)
+    W_E = model.weight("W_E").detach().to(e)
     if head is None:
         return W_E @ e
     at, own = head
     if not 0 <= at <= layer:
         raise InterpError(f"head {own} of layer {at} does not write before the MLP of layer {layer}")
-    W_O = model.weight("W_O", at).detach().to(e.dtype)
+    W_O = model.weight("W_O", at).detach().to(e)
     if not 0 <= own < len(W_O):
         raise InterpError(f"layer {at} has heads 0 to {len(W_O) - 1}, not {own}")
     d_head, per = W_O.shape[1], len(W_O) // (model.dims.n_kv_heads or len(W_O))
     group = slice(own // per * d_head, (own // per + 1) * d_head)
-    W_V = model.weight("W_V", at).detach().to(e.dtype)[:, group]
+    W_V = model.weight("W_V", at).detach().to(e)[:, group]
     return W_E @ through_norm(model, Site(Part.ATTN_IN, at), W_V @ (W_O[own] @ e))
 
 
@@ -113,7 +113,7 @@ def promoted(model: LoadedModel, replaced: Replacement, layer: int, number: int)
     """What a feature adds to each logit directly, per unit and before the final norm's scale, mean over tokens 0."""
     stand = stand_of(replaced, layer)
     d = stand.dictionary.W_dec.detach()[number].unflatten(0, (-1, stand.d_model)).sum(0)
-    U = through_norm(model, Site(Part.FINAL_NORM), model.weight("W_U").detach().to(d.dtype))
+    U = through_norm(model, Site(Part.FINAL_NORM), model.weight("W_U").detach().to(d))
     scores = d @ U
     return scores - scores.mean()
 
@@ -261,7 +261,7 @@ def score_sources(
         model(frozen.tokens[None])
         acts[sites[1]][0, own, query, key].backward()
     pos = key if side == "key" else query
-    g = acts.grad(sites[0])[0, pos].to(frozen.embed.dtype)
+    g = acts.grad(sites[0])[0, pos].to(frozen.embed)
     v = frozen.layers[layer].attn_norm.pull_at(g[None], torch.tensor([pos]))[0]
     return sources(frozen, replaced, active, v, layer, pos, mid=False)
 

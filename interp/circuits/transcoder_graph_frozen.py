@@ -6,7 +6,8 @@ is affine in everything that enters the stream: the embeddings and what each MLP
 `pull` walks a direction that is read at some layer back through the layers below: at each place something may enter, it
 yields the gradient there, batched over directions. That is the backward pass of autograd with stop-gradients on
 attention, norms and MLPs, without a graph in memory and without a copy of the prompt for each direction.
-`freeze` checks every piece against what the model computed: a family with another kind of attention is refused.
+`freeze` checks every piece against what the model computed: a family with another kind of attention is refused. The
+pieces lie, and everything after the one forward is computed, on the cpu.
 Source: E. Ameisen et al. 2025, https://transformer-circuits.pub/2025/attribution-graphs/methods.html.
 Trap: frozen attention says nothing about why a head attends where it does.
 """
@@ -123,7 +124,7 @@ def freeze(
     """Run the prompt once and freeze it. Raises InterpError for a model that is not affine then."""
     if model.hub.pending:  # its activations would be frozen as those of the untouched model
         raise InterpError("a capture or an edit of this model is open; build the graph outside it")
-    parts = _checked(model, tokens)
+    parts, tokens = _checked(model, tokens), tokens.cpu()
     top = Part.LOGITS_PRE if Part.LOGITS_PRE in parts else Part.LOGITS
     ends = [Site(Part.EMBED), Site(Part.FINAL_NORM), Site(top)]
     sites = [Site(part, layer) for layer in range(model.n_layers) for part in NEEDED]
@@ -131,13 +132,13 @@ def freeze(
         model(tokens[None])
     worst: list[float] = []
     layers = tuple(_layer(model, layer, acts, dtype, tolerance, worst) for layer in range(model.n_layers))
-    last = acts[Site(Part.RESID_POST, model.n_layers - 1)][0].to(dtype)
-    final = _norm(model, Site(Part.FINAL_NORM), last, acts[Site(Part.FINAL_NORM)][0].to(dtype), tolerance)
-    W_U, b_U = model.weight("W_U").detach().to(dtype), _cast(model.table.bias("W_U"), dtype)
-    logits = acts[Site(top)][0, -1].to(dtype)
+    last = acts[Site(Part.RESID_POST, model.n_layers - 1)][0].to("cpu", dtype)
+    final = _norm(model, Site(Part.FINAL_NORM), last, acts[Site(Part.FINAL_NORM)][0].to("cpu", dtype), tolerance)
+    W_U, b_U = model.weight("W_U").detach().to("cpu", dtype), _cast(model.table.bias("W_U"), dtype)
+    logits = acts[Site(top)][0, -1].to("cpu", dtype)
     read = final.push(last)[-1] @ W_U
     worst.append(check_close(read if b_U is None else read + b_U, logits, "the unembedding", tolerance))
-    embed, first = acts[Site(Part.EMBED)][0].to(dtype), acts[Site(Part.RESID_PRE, 0)][0].to(dtype)
+    embed, first = acts[Site(Part.EMBED)][0].to("cpu", dtype), acts[Site(Part.RESID_PRE, 0)][0].to("cpu", dtype)
     return Frozen(
         tokens=tokens, layers=layers, final_norm=final, W_U=W_U, b_U=b_U, embed=embed, positions=first - embed,
         logits=logits, mismatch=max(worst),
@@ -162,9 +163,12 @@ def _layer(
     model: LoadedModel, layer: int, acts: Activations, dtype: torch.dtype, tolerance: float, worst: list[float]
 ) -> FrozenLayer:
     pre, attn_in, pattern, attn_out, mid, mlp_in, mlp_out, post = (
-        acts[Site(part, layer)][0].to(dtype) for part in NEEDED
+        acts[Site(part, layer)][0].to("cpu", dtype) for part in NEEDED
     )
-    W_V, W_O = model.weight("W_V", layer).detach().to(dtype), model.weight("W_O", layer).detach().to(dtype)
+    W_V, W_O = (
+        model.weight("W_V", layer).detach().to("cpu", dtype),
+        model.weight("W_O", layer).detach().to("cpu", dtype),
+    )
     b_V, b_O = (_cast(model.table.bias(name, layer), dtype) for name in ("W_V", "W_O"))
     d_head = W_O.shape[1]
     attn_norm = _norm(model, Site(Part.ATTN_IN, layer), pre, attn_in, tolerance)
@@ -186,7 +190,7 @@ def _layer(
     worst.append(check_close(pre + attn_out, mid, f"resid_pre + attn_out == resid_mid in {name}", tolerance))
     worst.append(check_close(mid + mlp_out, post, f"resid_mid + mlp_out == resid_post in {name}", tolerance))
     if layer + 1 < model.n_layers:
-        after = acts[Site(Part.RESID_PRE, layer + 1)][0].to(dtype)
+        after = acts[Site(Part.RESID_PRE, layer + 1)][0].to("cpu", dtype)
         worst.append(check_close(post, after, f"the stream behind {name}", tolerance))
     return FrozenLayer(
         attn_norm=attn_norm, after_attn=behind, mlp_norm=_norm(model, Site(Part.MLP_IN, layer), mid, mlp_in, tolerance),
@@ -197,7 +201,7 @@ def _layer(
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(dtype)
+    return None if tensor is None else tensor.detach().to("cpu", dtype)
 
 
 def _norm(model: LoadedModel, site: Site, x: Tensor, y: Tensor, tolerance: float) -> FrozenNorm:

@@ -105,7 +105,8 @@ def _checked(dictionary: SparseDictionary, layer: int) -> SparseDictionary:
             f"attribution graphs take {', '.join(LINEAR_KINDS)}"
         )
     plain = bool((dictionary.scale_in == 1).all()) and bool((dictionary.scale_out == 1).all())
-    return dictionary if plain else dictionary.folded().requires_grad_(False)
+    folded = dictionary if plain else dictionary.folded().requires_grad_(False)
+    return folded if folded.W_enc.device.type == "cpu" else folded.like().cpu()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -78,10 +78,9 @@ def freeze_norm(
 def norm_form(module: nn.Module, like: Float[Tensor, " d"]) -> tuple[Float[Tensor, " d"], bool, Float[Tensor, " d"]]:
     """w, whether it centres, and the shift of a norm, in the dtype of `like`."""
     weight = next(iter(module.parameters()), None)
-    kind = torch.float32 if weight is None else weight.dtype
 
     def ask(v: Tensor) -> Tensor:
-        return module(v.to(kind)[None, None])[0, 0].to(like.dtype)
+        return module((v.float() if weight is None else v.to(weight))[None, None])[0, 0].to(like)
 
     shift = ask(torch.zeros_like(like))
     probe = torch.ones_like(like)
