@@ -22,6 +22,7 @@ from interp.models.model import LoadedModel
 from interp.models.quiet import quiet
 
 TINY = "tiny-"
+PLANTED = "planted-"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -37,8 +38,9 @@ def load(
 ) -> LoadedModel:
     """A model ready to look into.
 
-    what: a bundled name (`smollm2-135m`), `tiny-llama` / `tiny-gemma3` / `tiny-gpt2` (random weights), a Hugging Face
-    id, a folder, a GGUF file, a live `nn.Module`, a `HookedTransformer` or a `TransformerBridge`.
+    what: a bundled name (`smollm2-135m`), `tiny-llama` / `tiny-gemma3` / `tiny-gpt2` (random weights),
+    `planted-induction` and others whose circuit is known, a Hugging Face id, a folder, a GGUF file, a live
+    `nn.Module`, a `HookedTransformer` or a `TransformerBridge`.
     tokenizer: an object, or a name or folder to read it from; by default the model's own.
     device, dtype: cpu and float32 by default. device_map is handed to transformers as it is.
     check: run the cheap part of the probe (`interp verify` runs all of it).
@@ -78,6 +80,10 @@ def _named(what: str, tokenizer: Any, *, device: Any, dtype: torch.dtype, device
         return _from_converted(folder, what, tokenizer, **place)
     if what.startswith(TINY):
         return _tiny(what, device=device, dtype=dtype)
+    if what.startswith(PLANTED):
+        from interp.models.toy.planted import planted_model
+
+        return planted_model(what.removeprefix(PLANTED), device=device, dtype=dtype)
     if path.is_dir():
         return _from_folder(path, what, tokenizer, **place)
     if path.is_file():

@@ -57,6 +57,12 @@ def planted_names() -> list[str]:
     return list(MODELS)
 
 
+def planted_model(name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """The model alone, where it is wanted."""
+    made = planted(name, 1).model
+    return LoadedModel(module=made.module.to(device=device, dtype=dtype), tokenizer=made.tokenizer, source=made.source)
+
+
 def _draw(n: int, size: int, generator: torch.Generator) -> list[int]:
     """`n` different numbers below `size`."""
     return torch.randperm(size, generator=generator)[:n].tolist()

@@ -1,0 +1,211 @@
+"""Which edges of a model carry a task, how faithful are they alone, and could chance have done as well?
+
+The edges of largest score (`attribution`: by how much the metric changes when an edge carries the corrupted run's value)
+make the circuit, less those on no way from the embedding to the logits. Then:
+    f(C) = (M(C) - M(none)) / (M(all) - M(none))
+on these prompts and on prompts of other words; f over all sizes with its areas CPR and CMD; the same for random circuits
+of this size and for circuits of the same degrees, with p; the measured effect of every edge; completeness, minimality,
+and the overlap of circuits found on resampled prompts.
+Papers: M. Hanna et al., Have faith in faithfulness, 2024, https://arxiv.org/abs/2403.17806; A. Mueller et al., MIB,
+2025, https://arxiv.org/abs/2504.13151; A. Conmy et al., Automated circuit discovery, 2023,
+https://arxiv.org/abs/2304.14997.
+Beware: a circuit is of a task, a corruption and a metric; what both prompts share is not in it. Gradients miss what
+saturates, so measured effects stand beside the scores, and neither sees parts that stand in for one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from interp.circuits import find_steps as steps
+from interp.circuits import find_views as views
+from interp.circuits.faithfulness import choose
+from interp.circuits.find_steps import Work
+from interp.circuits.graph import Graph
+from interp.circuits.places import columns, looks_at, positions
+from interp.circuits.planted import planted_pairs
+from interp.circuits.stages import Clock, Stages
+from interp.core.errors import InterpError
+from interp.core.hash import hash_json
+from interp.core.manifest import Manifest
+from interp.core.result import Result
+from interp.core.spec import Spec, Tolerance
+from interp.models.model import LoadedModel
+from interp.models.toy.planted import planted
+from interp.tasks.base import PromptPairs
+from interp.tasks.ioi import random_pairs
+from interp.tasks.library import MIN_ACCURACY, Accuracy, accuracy, check_accuracy, make_pairs
+
+PLANTED = "planted"
+"""The task of a planted model, whatever it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircuitConfig:
+    """Which task, which circuit, and how much to check."""
+
+    task: str = "ioi"
+    """A task of the library, or `planted` for the models whose circuit is known."""
+    corruption: str = ""
+    """How the prompts are corrupted; empty is the task's default."""
+    n_pairs: int = 32
+    """Prompt pairs; as many others are held out."""
+    seed: int = 0
+    """Seed of prompts and controls."""
+    method: Literal["eap", "clean-corrupt", "eap-ig", "eap-ig-activations", "exact", "acdc"] = "eap-ig"
+    """How edges are scored."""
+    select: Literal["top", "greedy"] = "top"
+    """The best edges, or the best that hang together from the logits upward."""
+    budget: int = 300
+    """Edges of the circuit, before those that lead nowhere are dropped."""
+    steps: int = 5
+    """Points between the two runs for integrated gradients."""
+    split_mlp: bool = False
+    """Gate and up halves of gated MLPs apart."""
+    n_random: int = 100
+    """Control circuits of each kind; 99 or more can give p <= 0.01."""
+    minutes: float = 10.0
+    """Time budget: scores and faithfulness are always done, the rest while there is time."""
+    min_accuracy: float = MIN_ACCURACY
+    """Share of clean prompts that the model must get right; below it the task is refused."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CircuitData:
+    """Prompts to find the circuit on, and others to test it on."""
+
+    name: str
+    pairs: PromptPairs
+    held: PromptPairs | None
+    """Of the same task with other words; None where there are none."""
+    accuracy: Accuracy
+
+
+def load(model: LoadedModel, cfg: CircuitConfig) -> CircuitData:
+    """Prompts of the task, once the model has shown that it can do it."""
+    _check(cfg)
+    if cfg.task == PLANTED:
+        name = model.source.removeprefix("planted-")
+        pairs, held = (planted_pairs(planted(name, cfg.n_pairs, cfg.seed + other)) for other in (0, 1))
+    else:
+        pairs, held = (
+            make_pairs(model, cfg.task, cfg.n_pairs, cfg.seed, cfg.corruption, split) for split in ("train", "test")
+        )
+    right = check_accuracy(model, pairs, cfg.min_accuracy)
+    return CircuitData(name=cfg.task, pairs=pairs, held=held, accuracy=right)
+
+
+def _check(cfg: CircuitConfig) -> None:
+    for name, least in (("n_pairs", 1), ("budget", 1), ("steps", 1), ("n_random", 1)):
+        if getattr(cfg, name) < least:
+            raise InterpError(f"{name}={getattr(cfg, name)} must be at least {least}")
+    if not (cfg.minutes > 0 and math.isfinite(cfg.minutes)):
+        raise InterpError(f"minutes={cfg.minutes} must be above 0")
+
+
+def run(model: LoadedModel, data: CircuitData, cfg: CircuitConfig) -> Result:
+    """Find the circuit and try to refute it."""
+    _check(cfg)
+    began, work = time.perf_counter(), _work(model, data, cfg)
+    scores = steps.scored(work)
+    circuit = choose(scores, cfg.budget, cfg.select).connected()
+    if circuit.size == 0:
+        raise InterpError(
+            f"none of the {cfg.budget} best edges lie on a way from the embedding to the logits; raise budget, or use "
+            "select=greedy"
+        )
+    held_metric = work.held_metric
+    own = steps.measured(work, circuit, work.pairs, work.metric, "faithfulness")
+    held = (
+        steps.measured(work, circuit, work.held, held_metric, "held-out")
+        if work.held is not None and held_metric is not None
+        else None
+    )
+    curves = steps.curves(work, scores)
+    nulls = {
+        kind: steps.null(work, circuit, kind, work.pairs, work.metric, kind, cfg.n_random)
+        for kind in ("degree-matched", "random")
+    }
+    if work.held is not None and held_metric is not None:
+        nulls["held-out"] = steps.null(
+            work, circuit, "degree-matched", work.held, held_metric, "held-out-null", cfg.n_random
+        )
+    effects = steps.evidence(work, circuit, scores)
+    places = positions(circuit, scores.per_position) if scores.per_position is not None else {}
+    placed, order = columns(work.pairs, places)
+    found = views.Found(
+        work=work, data_name=data.name, accuracy=data.accuracy, scores=scores, circuit=circuit, own=own, held=held,
+        curves=curves, nulls=nulls, effects=effects, complete=steps.completed(work, circuit),
+        worth=steps.minimal(work, circuit), stability=steps.stable(work, scores), bands=steps.bands(work, scores),
+        places=placed, columns=order, roles=looks_at(model, work.pairs, places),
+    )  # fmt: skip
+    return Result(
+        headline=views.headline(found, time.perf_counter() - began),
+        tables=views.tables(found),
+        panels=views.panels(found),
+        controls=views.controls(found),
+        manifest=_manifest(model, data, cfg, time.perf_counter() - began),
+        tensors=views.tensors(found),
+        notes=(*data.pairs.notes, *views.notes(found)),
+    )
+
+
+def _work(model: LoadedModel, data: CircuitData, cfg: CircuitConfig) -> Work:
+    graph = Graph.of(model, split_mlp=cfg.split_mlp)
+    if cfg.budget > graph.n_edges:
+        raise InterpError(f"budget={cfg.budget} edges of a graph that has {graph.n_edges}; lower budget")
+    config = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "minutes"}
+    held = data.held.hash if data.held is not None else ""
+    key = hash_json([model.weight_hash, str(model.dtype), model.config_hash, data.pairs.hash, held, config])
+    return Work(
+        model=model, graph=graph, pairs=data.pairs, metric=data.pairs.metric(), held=data.held, method=cfg.method,
+        select=cfg.select, budget=cfg.budget, steps=cfg.steps, n_random=cfg.n_random, seed=cfg.seed,
+        stages=Stages.of(key), clock=Clock(seconds=60 * cfg.minutes),
+    )  # fmt: skip
+
+
+def _manifest(model: LoadedModel, data: CircuitData, cfg: CircuitConfig, seconds: float) -> Manifest:
+    return Manifest(
+        method="circuit",
+        model=model.record(),
+        config=dataclasses.asdict(cfg),
+        data={"name": data.name, "hash": data.pairs.hash, "n_pairs": len(data.pairs),
+              "hash_held_out": data.held.hash if data.held is not None else ""},
+        sites=("z.*", "mlp_out.*"),
+        seeds=(cfg.seed,),
+        metrics=METRICS,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+METRICS = {
+    "faithfulness": "v1: (M(C) - M(none)) / (M(all) - M(none)), means over pairs, other edges carry the corrupted run",
+    "cpr": "v1: trapezoid of f over the share of edges, 0.1 % to 100 %, chosen by signed score",
+    "cmd": "v1: trapezoid of |1 - f| over the share of edges, 0.1 % to 100 %, chosen by |score|",
+    "completeness": "v1: max over node sets K of |F(C less K) - F(M less K)| over the gap; K by layer and random",
+    "stability": "v1: mean Jaccard overlap of circuits of the same budget on 100 resamples of the pairs",
+}
+
+
+def example(model: LoadedModel) -> tuple[CircuitData, CircuitConfig]:
+    """Random tokens: nothing to find, but every step runs."""
+    cfg = CircuitConfig(n_pairs=4, budget=40, steps=2, n_random=3, min_accuracy=0.0)
+    pairs, held = (random_pairs(model, 4, 6, seed) for seed in (0, 1))
+    return CircuitData(name="random tokens", pairs=pairs, held=held, accuracy=accuracy(model, pairs)), cfg
+
+
+SPEC = Spec(
+    name="circuit",
+    question="Which edges carry a task, how faithful are they alone, and could chance have done as well?",
+    paper="Hanna et al. 2024, https://arxiv.org/abs/2403.17806",
+    config=CircuitConfig,
+    load=load,
+    run=run,
+    example=example,
+    metrics=METRICS,
+    tolerances={"completeness": Tolerance(absolute=1e-2), "stability": Tolerance(absolute=2e-2)},
+)
