@@ -26,6 +26,8 @@ from interp.models.model import LoadedModel
 from interp.tasks.base import PromptPairs
 from interp.tasks.metrics import Metric
 
+SIMILAR = 2
+"""Circuits with up to this many times the edges of the smallest go together."""
 SMALLEST_GAP = 1e-3
 """Gap between the two runs, as a share of the metric's size, below which f is not a number to report."""
 
@@ -85,9 +87,9 @@ def faithfulness(
     for evaluator in evaluators(model, pairs, listed[0], ablation, metric.n_last, limit):
         here = evaluator.pair_ids
         ends[0, here], ends[1, here] = (end.to(values) for end in evaluator.ends(metric))
-        n = evaluator.circuits_at_once(limit)
-        for i in track(range(0, len(listed), n), "running circuits"):
-            values[i : i + n, here] = evaluator.values(listed[i : i + n], metric).to(values)
+        for group in track(_groups(listed, evaluator.circuits_at_once(limit)), "running circuits"):
+            found = evaluator.values([listed[i] for i in group], metric).to(values)
+            values[torch.tensor(group)[:, None], here] = found
     return Faithfulness(
         values=values, all=ends[0], none=ends[1], ablation=ablation, metric=metric.name,
         sizes=tuple(circuit.size for circuit in listed),
@@ -120,6 +122,17 @@ def evaluators(
     parts = [range(len(pairs))] if ablation == "mean" else batches(pairs, per_pair, budget)
     for part in parts:
         yield Evaluator(model, pairs.take(part), graph, ablation=ablation, n_last=n_last, first=part.start)
+
+
+def _groups(circuits: Sequence[Circuit], most: int) -> list[list[int]]:
+    """Which circuits are run together: of similar size, since every row computes what any of them needs."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(circuits)), key=lambda i: circuits[i].size):
+        if groups and len(groups[-1]) < most and circuits[i].size <= SIMILAR * circuits[groups[-1][0]].size:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def _listed(circuits: Circuit | Sequence[Circuit]) -> list[Circuit]:

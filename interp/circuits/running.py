@@ -28,7 +28,7 @@ from interp.tasks.base import PromptPairs
 from interp.tasks.metrics import Metric
 
 ABLATIONS = ("corrupt", "zero", "mean")
-AT_ONCE = 32
+AT_ONCE = 16
 """Circuits that go through the blocks together, at most."""
 
 
