@@ -204,7 +204,8 @@ METRICS = {
     "ablations KL(clean || patched) over KL(clean || corrupted)",
     "attribution_correlation": "v1: Pearson correlation of the gradient estimate with the exact denoising effect, over "
     "heads where they are patched (else all sites); `_all_sites`: over every site that differs between the prompts; "
-    "`_integrated`: over the same, with the gradient averaged over midpoints between the prompts",
+    "`_integrated`: over the same, with the gradient averaged over midpoints between the prompts; with a budget, over "
+    "the sites that were measured",
     "missed_at_most": "v1: sites outside the shortcut's top whose exact effect may reach the median of that top: "
     "hypergeometric 95 % bound from a random tail; of the integrated gradient, or AtP* under ablation",
 }

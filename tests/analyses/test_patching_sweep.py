@@ -1,6 +1,7 @@
 """The exact sweep equals one forward per site, for every kind of site, intervention, window and way to split it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -21,7 +22,7 @@ from interp.models.model import LoadedModel
 from interp.models.tiny import tiny_model
 from interp.tasks.base import PromptPairs
 from interp.tasks.ioi import random_pairs
-from interp.tasks.metrics import AnswerMetric, UserMetric
+from interp.tasks.metrics import AnswerMetric, AnswerSets, UserMetric
 
 COMMON = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "neurons"]
 GATED = ["gate_pre", "gate", "up"]
@@ -256,3 +257,30 @@ def test_a_metric_by_name_and_its_kl() -> None:
     gone = ends.values(AnswerMetric(name="log_prob", answers=pairs.answers), clean=True)
     expected = model(pairs.clean.ids)[:, -1].log_softmax(-1).gather(1, pairs.answers[:, :1])[:, 0]
     torch.testing.assert_close(gone, expected)
+
+
+def test_a_task_with_a_metric_of_its_own_is_judged_by_it() -> None:
+    """Right is any of two answers; the last pair has one wrong answer only."""
+    model = tiny_model("llama")
+    pairs = random_pairs(model, n=3, length=6)
+    wrong = torch.tensor([[1, 2], [3, 4], [5, -1]])
+    pairs = replace(pairs, own=AnswerSets(right=pairs.answers, wrong=wrong))
+    ends = endpoints(model, pairs)
+    p = model(pairs.clean.ids)[:, -1].softmax(-1)
+    expected = torch.stack([
+        p[row, pairs.answers[row]].sum() - p[row, [token for token in wrong[row].tolist() if token >= 0]].sum()
+        for row in range(3)
+    ])  # fmt: skip
+    torch.testing.assert_close(ends.values(ends.primary, clean=True), expected)
+    assert ends.accuracy.n_right == int((expected > 0).sum())
+    found = sweep(model, ends, make_grids(model, pairs, ["resid_post"]), Intervention.DENOISE)
+    assert found.metrics == ["prob_diff", "logit_diff", "prob", "kl"]
+    np.testing.assert_allclose(found.effect("resid_post")[:, -1, -1].mean(), 1, atol=1e-4)
+
+
+def test_a_metric_in_which_the_runs_do_not_differ_has_no_effects() -> None:
+    model = tiny_model("llama")
+    pairs = random_pairs(model, n=2, length=6)
+    constant = UserMetric(name="constant", function=lambda logits, rows: torch.ones(len(rows)))
+    found = sweep(model, endpoints(model, pairs, constant), make_grids(model, pairs, ["z"]), Intervention.NOISE)
+    assert np.isnan(found.effect("z")).all() and np.isfinite(found.effect("z", "logit_diff")).all()
