@@ -17,7 +17,8 @@ N_SHOWN = 10
 N_CANDIDATES = 50
 """Heads that may be candidates, by attention to the deciding token."""
 NOTHING, NEURONS, HEADS = "nothing", "chosen neurons", "top heads"
-RANDOM_NEURONS, RANDOM_HEADS = "control: neurons of like contribution", "control: heads of like attention"
+RANDOM_NEURONS, RANDOM_HEADS = "control: neurons alike", "control: heads alike"
+ALIKE = {RANDOM_NEURONS: "neurons of like contribution", RANDOM_HEADS: "heads of like attention"}
 
 
 def geometry_table(neurons: pd.DataFrame) -> pd.DataFrame:
@@ -93,11 +94,11 @@ def head_table(table: HeadTable, top: Sequence[Head]) -> pd.DataFrame:
 
 def bars(made: pd.DataFrame) -> pd.DataFrame:
     """Mean and range of the drop over the sets of each kind and size."""
-    grouped = made.groupby(["kind", "n"], sort=False)["drop"]
+    grouped = made.loc[made["kind"] != NOTHING].groupby(["kind", "n"], sort=False)["drop"]
     table = grouped.agg(drop="mean", low="min", high="max").reset_index()
     sizes = {1: "one class", 2: "both classes"}
     table["what"] = [
-        "nothing" if kind == NOTHING else sizes[n] if "neurons" in kind else f"{n} heads"
+        sizes[n] if "neurons" in kind else f"{n} head{'s' if n > 1 else ''}"
         for kind, n in zip(table["kind"], table["n"].tolist(), strict=True)
     ]
     return table
@@ -121,7 +122,7 @@ def controls(made: pd.DataFrame, found: Sequence[Probe]) -> tuple[Control, ...]:
         row = mine.loc[mine["n"].idxmax()]
         listed.append(
             Control(
-                name=f"{len(theirs)} random sets: {rival.removeprefix('control: ')}",
+                name=f"{len(theirs)} random sets of others: {ALIKE[rival]}",
                 statistic=f"drop of the margin with the {kind} at zero (logits); the control is the largest of them",
                 observed=float(row["drop"]),
                 control=float(theirs.max()),

@@ -60,7 +60,8 @@ def bars(ablations: pd.DataFrame) -> pd.DataFrame:
     """Mean and range over the sets of each series and size."""
     groups = ablations.groupby(["n_heads", "series"], sort=False)["nll"]
     table = groups.agg(nll="mean", low="min", high="max").reset_index()
-    return table.assign(size=[f"{n} heads" if n else "none" for n in table["n_heads"]])
+    size = [f"{n} head{'s' if n > 1 else ''}" if n else "none" for n in table["n_heads"]]
+    return table.assign(size=size)
 
 
 def only(made: Sequence[Ablation], size: int, way: str) -> Ablation:

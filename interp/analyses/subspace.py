@@ -104,11 +104,13 @@ def run(model: LoadedModel, data: SubspaceData, cfg: SubspaceConfig) -> Result:
             n_random=cfg.n_random, threshold=cfg.rank_threshold, seed=cfg.seed,
         )  # fmt: skip
         learned = _rivals(model, data, cfg, own, (train, test), sides)
+    effects = views.effect_table(found, learned, cfg.seed)
     judged = verdict(found, [float(found.effects(learned.labels).mean())])
     return Result(
         headline=_headline(found, learned, judged, site, accuracy.interval.estimate),
         tables={
-            "effects": views.effect_table(found, learned, cfg.seed),
+            "effects": effects,
+            "bars": views.bars(effects),
             "illusion_test": views.test_table(found),
             "pairs": views.pair_table(found),
             "learning": views.learning_table(learned),

@@ -34,6 +34,11 @@ MODEL = "control: learnt in a random model"
 ORDER = (
     WHOLE, ROW, NULL, ROW_AS_IS, READ_NULL, READ_ROW, FULL, MEANS, SEED, RANDOM, LABELS, OTHER_ROW, OTHER_NULL,
 )  # fmt: skip
+SHOWN = {
+    WHOLE: "subspace", ROW: "row part", NULL: "null part", READ_NULL: "read unseen", FULL: "component",
+    MEANS: "means", RANDOM: "control: random", LABELS: "control: labels",
+}  # fmt: skip
+"""What the figure shows, in words that fit under a bar."""
 NULL_LIMIT = 1e-3
 """Effect that rounding may give to a part that nothing can see."""
 
@@ -74,6 +79,12 @@ def effect_table(found: Examined, learned: Learned, seed: int) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def bars(effects: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the figure."""
+    kept = effects.loc[effects["patch"].isin(list(SHOWN))]
+    return kept.assign(part=[SHOWN[str(name)] for name in kept["patch"]])
 
 
 def pair_table(found: Examined) -> pd.DataFrame:
@@ -189,10 +200,11 @@ def _split_controls(found: Examined, effect: float) -> list[Control]:
 PANELS = (
     Panel(
         title="What each part of the subspace does",
-        kind="bar", table="effects", x="patch", y="effect", low="low", high="high",
+        kind="bar", table="bars", x="part", y="effect", low="low", high="high",
         x_label="what is patched", y_label="effect (1 erases the answer, 2 turns it round)",
         reading="A subspace that carries the variable keeps its effect when its row part is patched alone, and the "
-        "whole component has it too. In an illusion both are near 0, and reading by the null part does the work.",
+        "whole component has it too. In an illusion both are near 0, and reading by the part that nothing sees (read "
+        "unseen) does the work. The table `effects` has all rows.",
     ),
     Panel(
         title="How the logit difference fell while the subspace was learnt",
