@@ -1,9 +1,9 @@
 """Which edges of a model carry a task, how faithful are they alone, and could chance have done as well?
 
-The edges of largest score (`attribution`: by how much the metric changes when an edge carries the corrupted run's value)
+The edges of largest score (`attribution`: by how much the metric changes when an edge carries the corrupted run)
 make the circuit, less those on no way from the embedding to the logits. Then:
     f(C) = (M(C) - M(none)) / (M(all) - M(none))
-on these prompts and on prompts of other words; f over all sizes with its areas CPR and CMD; the same for random circuits
+on these prompts and on others; f over all sizes with its areas CPR and CMD; the same for random circuits
 of this size and for circuits of the same degrees, with p; the measured effect of every edge; completeness, minimality,
 and the overlap of circuits found on resampled prompts.
 Papers: M. Hanna et al., Have faith in faithfulness, 2024, https://arxiv.org/abs/2403.17806; A. Mueller et al., MIB,
@@ -28,12 +28,12 @@ from interp.circuits.find_steps import Work
 from interp.circuits.graph import Graph
 from interp.circuits.places import columns, looks_at, positions
 from interp.circuits.planted import planted_pairs
-from interp.circuits.stages import Clock, Stages
 from interp.core.errors import InterpError
 from interp.core.hash import hash_json
 from interp.core.manifest import Manifest
 from interp.core.result import Result
 from interp.core.spec import Spec, Tolerance
+from interp.core.stages import Clock, Stages
 from interp.models.model import LoadedModel
 from interp.models.toy.planted import planted
 from interp.tasks.base import PromptPairs

@@ -19,7 +19,8 @@ from interp.circuits.evaluate import faithfulness
 from interp.circuits.exact import exact_effects
 from interp.circuits.faithfulness import SHARES, choose, completeness, curve, minimality, size_of
 from interp.circuits.graph import Circuit, EdgeScores, Graph
-from interp.circuits.stages import Clock, Stages, joined
+from interp.core.progress import listening, track
+from interp.core.stages import Clock, Stages, joined
 from interp.models.model import LoadedModel
 from interp.tasks.base import PromptPairs
 from interp.tasks.metrics import Metric
@@ -32,6 +33,8 @@ N_FEW = 8
 """Pairs on which what costs much is measured: bands, minimality."""
 N_EVIDENCE = 4
 """Pairs on which the effect of every edge is measured."""
+SMALL = 5000
+"""Edges of a graph that counts as small."""
 ACDC_START = 4
 """ACDC begins with the best edges, this many times the budget."""
 ACDC_TAU = 0.002
@@ -151,14 +154,15 @@ def null(
 ) -> Float[Tensor, " draw"]:
     """f of control circuits, in chunks until there are `n` or the time is up."""
     parts: list[Tensor] = []
-    for first in range(0, n, CHUNK):
+    for first in track(range(0, n, CHUNK), f"control circuits, {name}"):
         if work.clock.is_up:
             break
         size = min(CHUNK, n - first)
 
         def make(first: int = first, size: int = size) -> dict[str, Tensor]:
             drawn = draw_controls(kind, circuit, size, work.seed, first)
-            return {"f": faithfulness(work.model, pairs, drawn, metric).mean}
+            with listening(_unheard):
+                return {"f": faithfulness(work.model, pairs, drawn, metric).mean}
 
         parts.append(work.stages.get(f"{name}-{first}", make)["f"])
     return joined(parts)
@@ -169,27 +173,38 @@ def bands(work: Work, scores: EdgeScores) -> dict[str, Float[Tensor, "share draw
     few = work.pairs.take(range(min(N_FEW, len(work.pairs))))
     metric = work.metric.take(range(len(few)))
     made = {kind: torch.full((len(SHARES), N_BAND), torch.nan) for kind in KINDS}
-    for i, share in enumerate(SHARES[:-1]):
-        circuit = choose(scores, size_of(scores, share), work.select)
+    for i in track(range(len(SHARES) - 1), "control circuits of every size"):
+        circuit = choose(scores, size_of(scores, SHARES[i]), work.select)
         for kind in KINDS:
-            found = null(work, circuit, kind, few, metric, f"band-{kind}-{i}", N_BAND)
+            with listening(_unheard):
+                found = null(work, circuit, kind, few, metric, f"band-{kind}-{i}", N_BAND)
             made[kind][i, : len(found)] = found.to(made[kind])
     return made
 
 
+def _unheard(*_: object) -> None:
+    """Nobody wants the progress of the parts of a part."""
+
+
+def n_evidence(work: Work) -> int:
+    """Pairs for measuring single edges: all of them where the graph is small."""
+    return min(N_EVIDENCE if work.graph.n_edges > SMALL else N_FEW * N_EVIDENCE, len(work.pairs))
+
+
 def evidence(work: Work, circuit: Circuit, scores: EdgeScores) -> Float[Tensor, "source destination"]:
     """Measured effect of each edge of the circuit alone, the heaviest first while there is time; NaN elsewhere."""
-    pairs = work.pairs.take(range(min(N_EVIDENCE, len(work.pairs))))
+    pairs = work.pairs.take(range(n_evidence(work)))
     metric = work.metric.take(range(len(pairs)))
     edges = sorted(circuit, key=lambda name: -abs(scores[name]))
     effects = torch.full(circuit.edges.shape, torch.nan, dtype=torch.float64)
-    for first in range(0, len(edges), CHUNK):
+    for first in track(range(0, len(edges), CHUNK), "effects of single edges"):
         if work.clock.is_up:
             break
         names = edges[first : first + CHUNK]
 
         def make(names: list[str] = names) -> dict[str, Tensor]:
-            return {"mean": exact_effects(work.model, pairs, work.graph, metric, names).mean}
+            with listening(_unheard):
+                return {"mean": exact_effects(work.model, pairs, work.graph, metric, names).mean}
 
         for name, value in zip(names, work.stages.get(f"evidence-{first}", make)["mean"].tolist(), strict=True):
             effects[work.graph.edge(name)] = value

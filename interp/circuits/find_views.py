@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.controls import STABLE
+from interp.circuits.controls import STABLE, draw_controls
 from interp.circuits.export import edge_table
 from interp.circuits.faithfulness import MINIMAL, SHARES
 from interp.circuits.figure import graph_panel, graph_tables
-from interp.circuits.find_steps import N_EVIDENCE, N_FEW, Measured, Work
+from interp.circuits.find_steps import N_FEW, Measured, Work, n_evidence
 from interp.circuits.graph import Circuit, EdgeScores
 from interp.core.controls import bootstrap_interval, rank_test
 from interp.core.result import Control, LabelledTensor, Panel
@@ -259,7 +259,14 @@ def tensors(found: Found) -> dict[str, LabelledTensor]:
 
 def notes(found: Found) -> tuple[str, ...]:
     """What to doubt."""
-    made = [f"effects of single edges are measured on {min(N_EVIDENCE, len(found.work.pairs))} pairs"]
+    made = [f"effects of single edges are measured on {n_evidence(found.work)} pairs"]
+    same = [each.edges for each in draw_controls("degree-matched", found.circuit, 5, found.work.seed)]
+    kept = float(np.mean([float((edges & found.circuit.edges).sum()) for edges in same])) / found.circuit.size
+    if kept > 0.5:
+        made.append(
+            f"circuits of the same degrees share {kept:.0%} of the edges with this one: so few edges leave little to "
+            "exchange, and they are no hard test"
+        )
     f = found.own.per_pair[found.own.per_pair.isfinite()]
     if len(f) > 1:
         quarter, three = np.quantile(f.double().numpy(), (0.25, 0.75))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from interp.cli import bench, capture, demo, doctor, models, patch, run, runs, sae, tasks
+from interp.cli import bench, capture, circuit, demo, doctor, models, patch, run, runs, sae, tasks
 
 HELP = """
 [bold]interp[/bold]: open a model, find what happens inside, test the explanation, replay it.
@@ -26,6 +26,7 @@ EXAMPLES = """
    interp run massive --help                the flags of a method
    interp run massive --model smollm2-135m --n-sequences 6
    interp patch --task ioi --site resid_post,z --out runs/mine --json
+   interp circuit find --task ioi           which edges carry a task, and controls
    interp replay runs/demo                  recompute and compare every number
    interp doctor                            what is missing, and how to fix it
 
@@ -79,4 +80,5 @@ patch.register(app)
 runs.register(app)
 capture.register(app)
 sae.register(app)
+circuit.register(app)
 bench.register(app)

@@ -5,6 +5,7 @@ The flags of a method are the fields of its config, found through its SPEC: a ne
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,20 +103,23 @@ def _help(context: typer.Context, method: str | None) -> None:
 
 
 def execute(job: Job) -> None:
-    """Run, save, report, print."""
+    """Run, save, report, print. Methods that work in stages go on where a killed run to the same folder stopped."""
     from interp.core.run import Run, save_run
     from interp.core.spec import find
+    from interp.core.stages import keeping
 
     spec = find(job.method)
     config = flags.read_config(spec.config, job.tokens, job.sets, job.config)
     folder = options.check_out(job.out or new_folder(job.method))
+    partial = folder.with_name(f"{folder.name}.partial")
     began = time.perf_counter()
-    with console.progress() as steps:
+    with console.progress() as steps, keeping(partial):
         with steps.step(f"opening {job.model}"):
             model = options.open_model(job.model, job.device, job.dtype)
         result = spec.run(model, spec.load(model, config), config)
         run = Run(results=(result,), facts={"seconds": round(time.perf_counter() - began, 3)})
         save_run(folder, run)
+        shutil.rmtree(partial, ignore_errors=True)
         _export(job.method, result, folder)
         if job.report:
             from interp.report.html import write_report
@@ -132,11 +136,15 @@ def execute(job: Job) -> None:
 
 
 def _export(method: str, result: Any, folder: Path) -> None:
-    """What other tools read: a trained dictionary is also written as a SAELens folder inside the run."""
+    """What other tools read: a trained dictionary as a SAELens folder, a circuit as JSON, DOT and GraphML."""
     if method == "sae":
         from interp.analyses.sae import save_saelens
 
         save_saelens(result, folder / "sae_lens")
+    if method == "circuit":
+        from interp.cli.circuit import write_exports
+
+        write_exports(folder)
 
 
 def new_folder(method: str) -> Path:
