@@ -4,7 +4,8 @@
 `ioi-position`: whose name came first, the giver's or the receiver's? Base and source are the same sentence, once as
 ABBA and once as BABA, with other names, places and things; with the source's order, the base's answer is its own other
 name. No single token tells the two orders apart, and no answer of the source is ever wanted (Makelov et al. 2023).
-Any other task of the library: its clean prompts are the bases, its corrupted ones the sources.
+Any other task of the library: its clean prompts are the bases, its corrupted ones the sources, all of one class each,
+and the answer wanted is the task's second one; that is the source's own only where the corruption makes it so.
 """
 
 from __future__ import annotations

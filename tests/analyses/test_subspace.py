@@ -392,6 +392,19 @@ def test_bases_and_sources_differ_in_order_names_and_nothing_of_the_test_split()
             assert not set(base) & set(source)
 
 
+def test_any_task_of_the_library_can_be_asked() -> None:
+    model = tiny_model("llama")
+    cfg = SubspaceConfig(
+        task="induction", n_train=5, n_test=4, n_steps=1, n_random=2, min_accuracy=0.0, site="z.1", k=3
+    )  # fmt: skip
+    data = load_data(model, cfg)
+    assert (len(data.train), len(data.test)) == (5, 4)
+    assert not data.test_label.any()
+    result = run(model, data, cfg)
+    assert result.tensors["basis"].values.shape == (3, 32)
+    assert result.headline["rank"] == 32
+
+
 def test_bad_input_is_refused() -> None:
     model = tiny_model("llama")
     data, cfg = example(model)
