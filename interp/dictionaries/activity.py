@@ -91,6 +91,8 @@ class Activity:
     group: Group
     straight: Float[Tensor, "batch d_out"] | Float[Tensor, ""]
     """What the output holds besides f W_dec: b_dec and the skip path."""
+    autoencodes: bool
+    """Whether the target is the input, so that encoder and decoder are about one space."""
 
     @property
     def error(self) -> Float[Tensor, "batch d_out"]:
@@ -157,4 +159,5 @@ def observe(
     return Activity(
         dictionary=dictionary, u=u, target=target, output=group.join(combined) + straight, codes=codes, wide=wide,
         z=z, f=f, dead=dead, group=group, straight=straight.expand_as(target),
+        autoencodes=y is None,
     )  # fmt: skip

@@ -1,8 +1,11 @@
 """Replace dead latents by inputs that the dictionary reconstructs badly.
 
 For each latent silent for at least `dead_after_tokens`: draw a token with probability proportional to its squared
-error; its centred input, at norm 1, becomes the decoder row (where input and output are one space) and, at 0.2 of the
-mean norm of living encoder columns, the encoder column; its bias becomes 0 and its optimiser moments are cleared.
+error; its centred input, at norm 1, becomes the decoder row and, at 0.2 of the mean norm of living encoder columns, the
+encoder column e. A transcoder's decoder row is the direction of the token's error, since its input is of another space.
+The bias becomes 0, or -e . mean(u) where the dictionary does not centre its inputs itself, so that the latent does not
+fire at every token. Parameters of the activation start again, so that it fires at its token; optimiser moments are
+cleared.
 Source: dictionary_learning's resampling, with the direction normalised. Nothing is drawn twice while tokens last.
 """
 
@@ -37,14 +40,17 @@ def resample(
     dead = dead[:n_drawn]
     generator = torch_generator(cfg.seed, "resample", step)
     drawn = torch.multinomial(errors.cpu().double(), n_drawn, generator=generator).to(errors.device)
-    directions = F.normalize(at.u[drawn], dim=1)
+    mean = torch.zeros_like(at.u[0]) if sae.subtract_b_dec else at.u.mean(0)
+    centred = at.u[drawn] - mean
+    directions = F.normalize(centred, dim=1)
     alive = silent < cfg.dead_after_tokens
     norm = sae.W_enc.t()[alive].norm(dim=1).mean() if bool(alive.any()) else torch.ones((), device=silent.device)
     sae.W_enc.t()[dead] = 0.2 * norm * directions
-    sae.W_dec[dead] = directions if sae.d_in == sae.d_out else F.normalize(at.error[drawn].detach(), dim=1)
-    sae.b_enc[dead] = 0
+    sae.W_dec[dead] = directions if at.autoencodes else F.normalize(at.error[drawn].detach(), dim=1)
+    sae.b_enc[dead] = -0.2 * norm * directions @ mean
+    sae.activation.restart(dead, 0.2 * norm * centred.norm(dim=1), sae.b_enc[dead])
     silent[dead] = 0
-    for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
+    for parameter in (sae.W_enc, sae.b_enc, sae.W_dec, *sae.activation.parameters()):
         for name, moment in optimiser.state.get(parameter, {}).items():
             if name != "step":
                 rows = moment.t() if parameter is sae.W_enc else moment

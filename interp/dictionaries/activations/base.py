@@ -119,6 +119,10 @@ class Activation(nn.Module):
     def rescale(self, factors: Float[Tensor, "d_dict"]) -> None:
         """Follow pre-activations that were multiplied by positive factors, so that codes are multiplied too."""
 
+    @torch.no_grad()
+    def restart(self, latents: Int[Tensor, "n"], z: Float[Tensor, "n"], b_enc: Float[Tensor, "n"]) -> None:
+        """Latents were replaced, each by a token at which its pre-activation is z: let it fire there."""
+
     def homogeneous(self) -> bool:
         """Whether positive factors on single pre-activations multiply the codes and change nothing else."""
         return False

@@ -45,5 +45,11 @@ class Gated(Activation):
     def rescale(self, factors: Float[Tensor, "d_dict"]) -> None:
         self.b_mag.mul_(factors.to(self.b_mag.dtype))
 
+    @torch.no_grad()
+    def restart(self, latents: Int[Tensor, "n"], z: Float[Tensor, "n"], b_enc: Float[Tensor, "n"]) -> None:
+        """As a ReLU."""
+        self.r_mag[latents] = 0
+        self.b_mag[latents] = b_enc.to(self.b_mag.dtype)
+
     def homogeneous(self) -> bool:
         return True

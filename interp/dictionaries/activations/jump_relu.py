@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp.core.errors import InterpError
@@ -89,6 +89,12 @@ class JumpReLU(Activation):
     @torch.no_grad()
     def rescale(self, factors: Float[Tensor, "d_dict"]) -> None:
         self.log_threshold.add_(factors.log().to(self.log_threshold.dtype))
+
+    @torch.no_grad()
+    def restart(self, latents: Int[Tensor, "n"], z: Float[Tensor, "n"], b_enc: Float[Tensor, "n"]) -> None:
+        """Thresholds at half of z, unless they are lower."""
+        half = (z / 2).log().to(self.log_threshold.dtype)
+        self.log_threshold[latents] = torch.minimum(self.log_threshold[latents], half)
 
     def homogeneous(self) -> bool:
         return True
