@@ -34,9 +34,9 @@ class SubspaceData:
 
     train: PromptPairs
     test: PromptPairs
-    train_label: Bool[Tensor, " pair"]
+    train_label: Bool[Tensor, " train_pair"]
     """Class of each base; its source is of the other one."""
-    test_label: Bool[Tensor, " pair"]
+    test_label: Bool[Tensor, " test_pair"]
 
     @property
     def hash(self) -> str:
