@@ -126,20 +126,21 @@ def draw_pairs(
     """
     pick = Picker(request.seed, label, request.split)
     share = {group: (request.n + len(groups) - 1 - i) // len(groups) for i, group in enumerate(groups)}
-    drops, seen = Drops(), set[tuple[str, str]]()
+    drops, seen = Drops(), set[str]()
     fitted: dict[int, dict[str, list[Fitted]]] = defaultdict(lambda: defaultdict(list))
     best: list[Fitted] = []
     batch = max(request.n, 8)
     for start in range(0, ATTEMPTS * batch, batch):
+        n_seen = len(seen)
         for number in range(start, start + batch):
             made = draft(pick, groups[number % len(groups)])
-            if (made.clean, made.corrupt) in seen:
+            if made.clean in seen:
                 continue
-            seen.add((made.clean, made.corrupt))
+            seen.add(made.clean)
             if (found := fit(model, made, drops)) is not None:
                 fitted[found.length][made.group].append(found)
         best = max((_shares(by_group, share) for by_group in fitted.values()), key=len, default=[])
-        if len(best) == request.n or (not best and start + batch >= HOPELESS):
+        if len(best) == request.n or len(seen) == n_seen or (not best and start + batch >= HOPELESS):
             break
     if not best:
         raise drops.error() if drops.total else InterpError(f"{label}: no group of prompts of one length; ask for more")
