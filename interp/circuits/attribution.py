@@ -185,6 +185,8 @@ def _mean_of_points(gradient: Gradient, n_points: int) -> Float[Tensor, "destina
 
 def _add(totals: _Totals, streams: Streams, rows: slice, columns: slice, difference: Tensor, gradient: Tensor) -> None:
     """Inner products of the differences and gradients, both (source or destination, pair, pos, d_model)."""
+    wide = torch.promote_types(difference.dtype, torch.float32)
+    difference, gradient = difference.to(wide), gradient.to(wide)
     if totals.per_pair is None and totals.per_position is None:
         totals.values[rows, columns] += (difference.flatten(1) @ gradient.flatten(1).mT).cpu()
         return

@@ -241,6 +241,18 @@ def test_the_kl_has_no_slope_at_its_reference() -> None:
     assert float(edge_scores(model, pairs, graph, metric, "eap-ig").values.abs().max()) > 1e-3
 
 
+def test_half_precision_gives_the_same_scores_but_for_rounding() -> None:
+    found: list[Tensor] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = small(dtype=dtype)
+        pairs, graph = some_pairs(model), Graph.of(model)
+        scores = edge_scores(model, pairs, graph, logit_diff(pairs), "eap-ig")
+        exact = exact_effects(model, pairs, graph, logit_diff(pairs), [name for name, _ in scores.top(5)])
+        assert scores.values.dtype == exact.values.dtype == torch.float32
+        found.append(scores.values[graph.possible])
+    assert float(torch.corrcoef(torch.stack(found))[0, 1]) > 0.99
+
+
 def test_gradients_of_the_model_are_left_alone() -> None:
     model = small()
     pairs, graph = some_pairs(model), Graph.of(model)
