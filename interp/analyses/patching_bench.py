@@ -1,4 +1,4 @@
-"""One forward per site: the slow way that exact patching is compared with (a helper of `patching` and of the bench)."""
+"""One forward per site: the slow way that exact patching is compared with (part of `patching` and of the bench)."""
 
 from __future__ import annotations
 

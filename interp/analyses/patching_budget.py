@@ -1,4 +1,4 @@
-"""How far may a shortcut be trusted? An exact check of its top sites and of a random tail (a helper of `patching`).
+"""How far may a shortcut be trusted? An exact check of its top sites and of a random tail (part of `patching`).
 
 A budget of n cells is spent half on those that the shortcut ranks highest, half on cells drawn at random from all the
 others. On the checked cells estimate and exact effect are compared (Pearson, Spearman, slope of exact on estimate).

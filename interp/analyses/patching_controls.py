@@ -1,4 +1,4 @@
-"""What could refute a patching result (a helper of `patching`).
+"""What could refute a patching result (part of `patching`).
 
 Patching nothing must give the base run and patching everything the donor's. An unrelated donor must not bring the
 answer back. Answers that have nothing to do with the prompts must not move. Sites chosen on some prompts must matter on

@@ -1,4 +1,4 @@
-"""Attribution patching: the effect of every patch at once, from gradients (a helper of `patching`).
+"""Attribution patching: the effect of every patch at once, from gradients (part of `patching`).
 
     AtP    sum over the patched coordinates of (donor - base) * dM / d activation, at the base run (Nanda 2023)
     IG     the same with the gradient averaged over runs whose embeddings lie between the two, at the midpoints k + 1/2

@@ -1,4 +1,4 @@
-"""What one run of patching measures: exact sweeps and the shortcuts beside them (a helper of `patching`).
+"""What one run of patching measures: exact sweeps and the shortcuts beside them (part of `patching`).
 
 Without a budget every site is measured, and the gradient and its integrated form stand beside. With one, the gradient,
 the integrated form and AtP* each rank all sites; the top and a random tail of each are measured, all in one sweep.

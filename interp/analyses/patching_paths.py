@@ -1,4 +1,4 @@
-"""Path patching: what does a sender say to chosen receivers, along chosen ways only? (a helper of `patching`)
+"""Path patching: what does a sender say to chosen receivers, along chosen ways only? (part of `patching`)
 
     1  a base and a donor run are kept (clean and corrupted for `noising`)
     2  the base prompt is run with the sender at its donor value; heads and MLPs that are not `through` are frozen at

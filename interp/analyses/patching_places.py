@@ -1,4 +1,4 @@
-"""Which activations are patched, and in what order they are listed (a helper of `patching`).
+"""Which activations are patched, and in what order they are listed (part of `patching`).
 
 A selection is written
 

@@ -1,4 +1,4 @@
-"""How many patched runs fit into memory at once (a helper of `patching`).
+"""How many patched runs fit into memory at once (part of `patching`).
 
 A row in flight holds, per position, a few copies of the residual stream, the MLP's hidden vectors, queries, keys,
 values and head outputs, and the attention scores of every head over all keys; then, one block at a time, whatever is

@@ -1,4 +1,4 @@
-"""The run that is patched and the values that are put into it, for every intervention (a helper of `patching`).
+"""The run that is patched and the values that are put into it, for every intervention (part of `patching`).
 
     denoising   corrupted run, values of the clean run
     noising     clean run, values of the corrupted run

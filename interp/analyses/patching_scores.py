@@ -1,4 +1,4 @@
-"""Metrics and effects of patching, per prompt (a helper of `patching`).
+"""Metrics and effects of patching, per prompt (part of `patching`).
 
     effect = (M(patched) - M(base)) / (mean M(goal) - mean M(base))
 where the goal is the clean run if values are put back, the corrupted run if they are taken away.

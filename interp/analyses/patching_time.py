@@ -1,4 +1,4 @@
-"""What will patching take, and how much of it can be measured in a given time? (a helper of `patching`)
+"""What will patching take, and how much of it can be measured in a given time? (part of `patching`)
 
 One pass is filled with patches drawn at random from all there are, and timed; one gradient is timed. A sweep takes
 (patches / patches timed) x that; the shortcuts take 1 (AtP) + m (IG) + L (AtP*) gradients. Where the sweep does not

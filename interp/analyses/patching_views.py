@@ -1,4 +1,4 @@
-"""Tables and figures of patching (a helper of `patching`)."""
+"""Tables and figures of patching (part of `patching`)."""
 
 from __future__ import annotations
 

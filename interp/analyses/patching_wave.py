@@ -1,4 +1,4 @@
-"""Exact activation patching of many places in one pass through the layers (a helper of `patching`).
+"""Exact activation patching of many places in one pass through the layers (part of `patching`).
 
 A patch at layer l changes nothing before it. So the layers are walked once: at each, the patched streams that enter
 there join a growing batch, and the batch goes through the next block together. The weights are read once per layer
@@ -74,7 +74,7 @@ def changing(runs: Runs, patches: Sequence[Patch]) -> list[Patch]:
 
 
 def _unequal(runs: Runs, site: Site, *, whole: bool) -> Bool[Tensor, "row pos *unit"]:
-    unequal = by_position(site, runs.base.base[site] != runs.donor[site])
+    unequal = by_position(site, runs.base.base[site] != runs.donor[site]).cpu()  # read one by one
     if whole:
         return unequal.flatten(2).any(2)
     return unequal.flatten(3).any(3) if unequal.ndim > 3 else unequal
