@@ -79,7 +79,7 @@ def _asked(
     found: list[dict[str, Any]] = []
     with console.progress() as steps:
         with steps.step(f"opening {model}"):
-            opened = options.open_model(model, device, dtype)
+            opened = options.open_model(model, device, dtype, check=False)  # no site is read
         for task in chosen:
             with steps.step(task.name):
                 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from interp.tasks.task import Request
 
 SYNTHETIC = [(name, corruption) for name, task in TASKS.items() if not task.words for corruption in task.corruptions]
 N = 200
+SMALL = {"vocab_size": 12, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def request(n: int = N, corruption: str = "", seed: int = 0, split: str = "train
 def hash_map(ids: list[int]) -> int | None:
     """What followed the last token when it stood there first; None if it never did."""
     followed: dict[int, int] = {}
-    for token, after in zip(ids[:-1], ids[1:], strict=True):
+    for token, after in pairwise(ids):
         followed.setdefault(token, after)
     return followed.get(ids[-1])
 
@@ -163,7 +165,7 @@ def test_copying_needs_the_place(model: LoadedModel) -> None:
         assert all(copied_by_place(ids) == answer for ids, answer, _ in rows)
         for ids, answer, _ in rows[:N]:
             source = ids[1 : ids.index(ids[0], 1)]
-            follows = [after for token, after in zip(source, source[1:], strict=False) if token == ids[-1]]
+            follows = [after for token, after in pairwise(source) if token == ids[-1]]
             assert len(set(follows)) > 1
             hits, total = hits + (draw.choice(follows) == answer), total + 1
     assert hits / total < 0.6  # a match of the last token alone
@@ -239,7 +241,7 @@ def test_small_tables_say_that_they_are_small(model: LoadedModel) -> None:
     assert [modulus_of(n) for n in (256, 115, 114, 113, 20, 12)] == [113, 113, 113, 109, 19, 11]
     with pytest.raises(InterpError, match="modulus=300"):
         addition_pairs(model, request(5, "b"), modulus=300)
-    small = tiny_model("llama", n_layers=1, d_model=8, n_heads=1, n_kv_heads=1, d_mlp=8, overrides={"vocab_size": 12})
+    small = tiny_model("llama", n_layers=1, d_model=8, n_heads=1, n_kv_heads=1, d_mlp=8, overrides=SMALL)
     bare = LoadedModel(module=small.module, source="small")
     with pytest.raises(InterpError, match="needs 32 different tokens; small has 12"):
         make_pairs(bare, "induction", 3)

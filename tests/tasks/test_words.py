@@ -72,7 +72,7 @@ def test_pairs_are_aligned_and_differ_only_in_the_changed_words(
 @pytest.mark.parametrize("which", TOKENIZERS)
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.words])
 def test_answers_continue_the_prompt_as_one_token(reader: Reader, which: str, name: str) -> None:
-    """Read back by the tokenizer itself: prompt and answer, encoded as one text, are the prompt's ids and the answer."""
+    """Prompt and answer, decoded and encoded again as one text, are the prompt's ids and the answer."""
     model = reader(which)
     pairs = make_pairs(model, name, 6, seed=2)
     for row, text in enumerate(pairs.clean.texts or ()):
