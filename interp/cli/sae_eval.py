@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +30,19 @@ Format = Annotated[str | None, typer.Option("--format", help="Layout of the file
 Tier = Annotated[str, typer.Option("--tier", help="minute, ten-minutes or full.")]
 Corpus = Annotated[str, typer.Option("--corpus", help="Text to score on; `interp capture --help` lists corpora.")]
 Skip = Annotated[
-    int, typer.Option("--skip-tokens", min=0, help="Tokens of the corpus to leave out first: what it was trained on.")
-]
+    int | None,
+    typer.Option(
+        "--skip-tokens", min=0,
+        help="Tokens of the corpus to leave out first. [default: those it was trained on, as far as the file says]",
+    ),
+]  # fmt: skip
 Steps = Annotated[
     int,
     typer.Option("--steps", min=0, help="Training steps of each comparison; 0 takes what fits into the tier's time."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="First seed of trainings and draws.")]
+MARGIN = 1.05
+"""Documents are joined by an empty line here and end to end in training, which moves the tokens a little."""
 
 
 def evaluate(
@@ -43,7 +51,7 @@ def evaluate(
     site: SiteOfDictionary = None,
     tier: Tier = "minute",
     corpus: Corpus = "docs",
-    skip_tokens: Skip = 0,
+    skip_tokens: Skip = None,
     steps: Steps = 0,
     seed: Seed = 0,
     siblings: Siblings = None,
@@ -54,7 +62,7 @@ def evaluate(
     report: options.Report = True,
     as_json: options.Json = False,
 ) -> None:
-    """Score a saved dictionary on unseen text, every number beside its controls."""
+    """Score a saved dictionary on text, every number beside its controls; unseen text, as far as the file says."""
     from interp.core.run import Run, save_run
     from interp.dictionaries.formats.table import load_dictionary
     from interp.dictionaries.judge.config import JudgeConfig, tier_of
@@ -65,13 +73,15 @@ def evaluate(
     saved = load_dictionary(path, format_)
     others = [load_dictionary(other, format_).dictionary for other in siblings or ()]
     where, whose = _site(saved.about, site), _model(saved.about, model)
-    cfg = JudgeConfig(site=where, tier=tier, corpus=corpus, skip_tokens=skip_tokens, n_steps=steps, seed=seed)
+    skipped, doubt = unseen(saved.about, corpus, skip_tokens)
+    cfg = JudgeConfig(site=where, tier=tier, corpus=corpus, skip_tokens=skipped, n_steps=steps, seed=seed)
     began = time.perf_counter()
     with console.progress() as progress:
         with progress.step(f"opening {whose}"):
             opened = options.open_model(whose, device, dtype)
         placed = [one.to(opened.device) for one in (saved.dictionary, *others)]
         result = judge(opened, placed[0], cfg, siblings=placed[1:], data={"dictionary": path.as_posix()})
+        result = replace(result, notes=(*result.notes, *doubt))
         run = Run(results=(result,), facts={"seconds": round(time.perf_counter() - began, 3)})
         save_run(folder, run)
         if report:
@@ -84,9 +94,26 @@ def evaluate(
         return
     print_scores(result)
     print_results(run.results)
+    for note in doubt:
+        console.line(f"note: {note}")
     console.line(f"saved  {folder.as_posix()}")
     if report:
         console.line(f"report {(folder / 'report.html').as_posix()}", "bold")
+
+
+def unseen(about: Any, corpus: str, asked: int | None) -> tuple[int, tuple[str, ...]]:
+    """How many tokens to leave out first, and what to doubt. `about.source` is what `interp sae train` read."""
+    source = about.get("source")
+    if asked is not None or not isinstance(source, dict) or source.get("corpus") != corpus:
+        return asked or 0, ()
+    read = source.get("tokens")
+    if read:
+        return math.ceil(MARGIN * read), ()
+    note = (
+        f"it was trained on {corpus} without a limit, so this text is not unseen; take another --corpus, or train "
+        "with --tokens"
+    )
+    return 0, (note,)
 
 
 def print_scores(result: Any) -> None:

@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from interp.core.errors import ArtefactError, SiteError
+from interp.core.errors import ArtefactError, InterpError, SiteError
 from interp.dictionaries.base import rows
 from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.formats.orientation import fvu
@@ -105,7 +105,7 @@ def check(
 ) -> Health:
     """Measure a dictionary on a model. By default on the certificate's text, at the site that the files name.
 
-    Raises InterpError where no site is known.
+    Raises InterpError where no site is known, or several side by side.
     """
     dictionary = wide(saved.dictionary)
     certificate = saved.certificate or {}
@@ -268,4 +268,9 @@ def _refused(code: str, message: str) -> Health:
 
 def _site(saved: SavedDictionary, name: str = "site") -> str | None:
     value = saved.about.get(name)
+    if isinstance(value, list):
+        raise InterpError(
+            f"it reads or writes several sites side by side ({', '.join(map(str, cast('list[Any]', value)))}); only "
+            "dictionaries of one site, or from one site to another, can be checked on a model"
+        )
     return str(value) if value else None

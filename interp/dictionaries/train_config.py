@@ -91,6 +91,15 @@ class TrainConfig:
             raise InterpError("warmup_fraction and decay_fraction must lie in 0..1 and sum to at most 1")
         if not (0 <= self.sparsity_warmup_fraction <= 1 and 0 <= self.k_fraction <= 1):
             raise InterpError("sparsity_warmup_fraction and k_fraction must lie in 0..1")
+        if self.bandwidth <= 0 or self.threshold < 0:
+            raise InterpError(f"bandwidth={self.bandwidth} must be positive, threshold={self.threshold} not negative")
+        if self.kind == "matryoshka" and (min(self.shells, default=0) <= 0 or abs(sum(self.shells) - 1) > 1e-6):
+            raise InterpError(f"shells={self.shells} must be positive fractions that sum to 1")
+        if self.kind == "group_max" and (self.d_dict % self.k or self.k_start not in (0, self.k)):
+            raise InterpError(
+                f"group_max cuts d_dict={self.d_dict} into k={self.k} equal groups; choose a k that divides it, "
+                "without k_start"
+            )
         if self.decoder_norm == "free" and self.kind not in ("relu", "jump_relu", "gated"):
             raise InterpError(
                 f"decoder_norm='free' would let the {self.kind} selection prefer latents with short rows; use 'unit'"

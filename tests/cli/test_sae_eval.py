@@ -10,7 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from interp.cli.sae_eval import evaluate
+from interp.cli.sae_eval import evaluate, unseen
 from interp.core.errors import InterpError
 from interp.core.run import load_run
 from interp.dictionaries.activations.topk import TopK
@@ -61,3 +61,14 @@ def test_what_the_file_does_not_say_is_asked_for(app: typer.Typer, tmp_path: Pat
         CliRunner().invoke(app, [str(other), "--out", str(tmp_path / "run")], catch_exceptions=False)
     assert not (tmp_path / "run").exists()
     assert torch.is_grad_enabled()
+
+
+def test_text_that_it_was_trained_on_is_left_out_or_owned_up_to() -> None:
+    about = {"source": {"corpus": "docs", "tokens": 1000}}
+    skipped, doubt = unseen(about, "docs", None)
+    assert 1000 < skipped < 1100 and doubt == ()
+    assert unseen(about, "docs", 7) == (7, ()) and unseen(about, "docs", 0) == (0, ())
+    assert unseen(about, "file:other.txt", None) == (0, ())
+    skipped, doubt = unseen({"source": {"corpus": "docs", "tokens": None}}, "docs", None)
+    assert skipped == 0 and "not unseen" in doubt[0]
+    assert unseen({"source": "saelens topk"}, "docs", None) == unseen({}, "docs", None) == (0, ())

@@ -190,3 +190,19 @@ def test_the_planted_case_of_the_method_card():
     assert chance == pytest.approx(0.346, abs=0.01)
     assert found > 0.97, f"mean max cosine {found:.3f}, by chance {chance:.3f}"
     assert evaluate(trained.sae, list(itertools.islice(batches, 8))).fvu < 0.14
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "matryoshka", "shells": (0.5, 0.2)}, "sum to 1"),
+        ({"kind": "matryoshka", "shells": ()}, "sum to 1"),
+        ({"kind": "group_max", "d_dict": 130, "k": 8}, "equal groups"),
+        ({"kind": "group_max", "d_dict": 128, "k": 8, "k_start": 16}, "without k_start"),
+        ({"kind": "jump_relu", "bandwidth": 0.0}, "bandwidth=0.0"),
+        ({"kind": "jump_relu", "threshold": -0.1}, "threshold=-0.1"),
+    ],
+)
+def test_settings_that_would_fail_in_training_are_refused_before_it(options, message):
+    with pytest.raises(InterpError, match=message):
+        TrainConfig(**options)

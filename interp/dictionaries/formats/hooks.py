@@ -42,8 +42,10 @@ def site_of_lens(name: str | None) -> str | None:
     return name
 
 
-def lens_of_site(site: str | None) -> str | None:
-    """The TransformerLens name of a site, or the text itself."""
+def lens_of_site(site: object) -> str | None:
+    """The TransformerLens name of a site, or the text itself; None for several sites side by side, a list."""
+    if not isinstance(site, str):
+        return None
     parsed = parse(site)
     if parsed is None or parsed.path is not None:
         return site
@@ -60,7 +62,7 @@ def site_of_module(path: str, *, takes: bool = False) -> str:
     return f"{path}@input" if takes else path
 
 
-def module_of_site(site: str | None) -> str | None:
+def module_of_site(site: object) -> str | None:
     """The hookpoint of sparsify for a site: `layers.10`, `layers.10.mlp`; None where there is none."""
     parsed = parse(site)
     if parsed is None or parsed.layer is None or parsed.path is not None:
@@ -72,9 +74,9 @@ def module_of_site(site: str | None) -> str | None:
     return None if parsed.part not in ends else f"layers.{parsed.layer}{ends[parsed.part]}"
 
 
-def parse(site: str | None) -> Site | None:
+def parse(site: object) -> Site | None:
     """A site from its canonical text `part.layer`; None for anything else."""
-    if not site:
+    if not isinstance(site, str) or not site:
         return None
     name, _, layer = site.partition(".")
     if name not in set(Part) or (layer and not layer.isdecimal()):

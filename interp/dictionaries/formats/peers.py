@@ -5,7 +5,9 @@ Only where that library is installed; None elsewhere, and for layouts that belon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +42,18 @@ def version(format: str) -> str | None:
         return None
 
 
+@contextmanager
+def _quiet(name: str) -> Generator[None, None, None]:
+    """No warnings of one logger."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _saelens(path: Path) -> Peer:
     sae: Any = import_module("sae_lens").SAE.load_from_disk(path, dtype="float32")
 
@@ -51,7 +65,8 @@ def _saelens(path: Path) -> Peer:
 
 
 def _sparsify(path: Path) -> Peer:
-    coder: Any = import_module("sparsify").SparseCoder.load_from_disk(path).float()
+    with _quiet("simple_parsing.helpers.serialization.serializable"):  # it would print our certificate: an unknown key
+        coder: Any = import_module("sparsify").SparseCoder.load_from_disk(path).float()
 
     @torch.no_grad()
     def run(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from interp.core.errors import InterpError
 from interp.core.seed import derive, torch_generator
+from interp.dictionaries.activations.group_max import GroupMax
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.start import initial
@@ -37,6 +38,8 @@ def recipe(dictionary: Dictionary, l0: float) -> TrainConfig:
     like: dict[str, Kind] = {known: known for known in CHOOSES_K}
     kind = like.get(own, "batch_topk")
     k = min(max(1, round(l0)), dictionary.d_dict)
+    if isinstance(dictionary, SparseDictionary) and isinstance(dictionary.activation, GroupMax):
+        k = dictionary.activation.k  # not every k divides the width
     return TrainConfig(kind=kind, d_dict=dictionary.d_dict, k=k, batch_size=BATCH)
 
 

@@ -165,3 +165,23 @@ def test_random_inputs_make_some_latents_fire_and_not_all(making, kind):
     ours = making.made(kind, scale=0.01)
     l0 = ours.encode(random_inputs(ours).float()).l0().float()
     assert 0 < float(l0.mean()) < making.M
+
+
+@pytest.mark.parametrize("target", ["saelens", "sparsify", "plain", "interp"])
+def test_a_crosscoder_of_several_sites_is_converted_and_keeps_their_names(tmp_path, making, target):
+    """`site` is a list there: no library has a hook name for it."""
+    ours = making.made("topk", subtract_b_dec=False)
+    about = {"model": "tiny", "weight_hash": "abc", "site": ["resid_post.0", "resid_post.1"]}
+    start = save_dictionary(SavedDictionary(dictionary=ours, about=about), tmp_path / "from")
+    place = tmp_path / "to" / PLACES.get(target, "d")
+    assert convert(start, place, target, peers=False)["equal"]
+    assert load_dictionary(place).about["site"] == about["site"]
+
+
+@pytest.mark.needs_package("sparsify")
+def test_the_peer_does_not_print_our_certificate(tmp_path, making, caplog):
+    about = {"model": "tiny", "weight_hash": "abc", "site": "resid_post.2"}
+    saved = SavedDictionary(dictionary=making.made("topk"), about=about, certificate={"l0": 3.0})
+    start = save_dictionary(saved, tmp_path / "from")
+    assert convert(start, tmp_path / "to", "sparsify")["judged_by"] is not None
+    assert "Dropping" not in caplog.text

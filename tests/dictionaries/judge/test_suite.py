@@ -9,6 +9,7 @@ import torch
 
 from interp.core.errors import InterpError
 from interp.core.run import Run, load_run, save_run
+from interp.dictionaries.activations.group_max import GroupMax
 from interp.dictionaries.activations.jump_relu import JumpReLU
 from interp.dictionaries.activations.topk import TopK
 from interp.dictionaries.baselines import IdentityDictionary, fit_pca
@@ -164,6 +165,7 @@ def test_random_weights_keep_their_size_and_lose_their_order(model):
 
 def test_recipes_and_steps():
     assert recipe(SparseDictionary(8, 32, TopK(3)), 2.6).kind == "topk"
+    assert recipe(SparseDictionary(8, 32, GroupMax(4)), 2.6).k == 4  # 3 groups do not divide 32
     stand_in = recipe(SparseDictionary(8, 32, JumpReLU(32)), 4.4)
     assert (stand_in.kind, stand_in.k, stand_in.d_dict) == ("batch_topk", 4, 32)
     assert recipe(IdentityDictionary(8), 8.0).d_dict == 16
