@@ -231,3 +231,13 @@ def test_nothing_stays_hooked() -> None:
     before = hooks()
     run_circuit(model, pairs, graph.full())
     assert hooks() == before
+
+
+@pytest.mark.needs_package("transformer_lens")
+def test_a_model_in_another_layout_is_refused() -> None:
+    from tests.models.test_lens import hooked
+
+    model = LoadedModel(module=hooked(gated=True))
+    pairs = some_pairs(small())
+    with pytest.raises(InterpError, match="for a bridge: load the model it wraps"):
+        run_circuit(model, pairs, Graph.make(2, 4).full())
