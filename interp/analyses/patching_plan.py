@@ -9,6 +9,9 @@ Beware: free memory is that of this moment; other programs may take it.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import psutil
@@ -25,6 +28,21 @@ ENOUGH = {"cpu": 2048}
 ENOUGH_ELSEWHERE = 65_536
 ENOUGH_LOGITS = 128
 """Rows whose logits are worth computing together."""
+
+
+_limit: ContextVar[int | None] = ContextVar("patching_tokens", default=None)
+
+
+@contextmanager
+def at_most(tokens: int | None) -> Generator[None, None, None]:
+    """Compute at most so many tokens together in everything run inside; results do not depend on it."""
+    if tokens is not None and tokens < 1:
+        raise InterpError(f"{tokens} tokens at a time are none; give at least the length of a prompt")
+    before = _limit.set(tokens)
+    try:
+        yield
+    finally:
+        _limit.reset(before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +70,7 @@ def plan_sweep(model: LoadedModel, n_pos: int, n_last: int = 1, *, memory_free: 
         )
     enough = ENOUGH.get(model.device.type, ENOUGH_ELSEWHERE)
     return SweepPlan(
-        tokens=min(fits, enough),
+        tokens=min(fits, _limit.get() or enough),
         logit_rows=max(1, min(int(SHARE * free / per_logits), ENOUGH_LOGITS * (enough // ENOUGH["cpu"]))),
         bytes_per_token=per_token,
         memory_free=free,
@@ -63,7 +81,8 @@ def graph_rows(model: LoadedModel, n_pos: int) -> int:
     """Prompts whose gradients are taken together: until the backward pass everything is kept, in every layer."""
     vocab = 3 * 4 * (model.dims.d_vocab or 0)
     per_row = n_pos * (model.n_layers * _bytes(model, n_pos) + vocab)
-    return max(1, int(SHARE * free_memory(model.device) / per_row))
+    fits = int(SHARE * free_memory(model.device) / per_row)
+    return max(1, min(fits, (_limit.get() or fits * n_pos) // n_pos))
 
 
 def _bytes(model: LoadedModel, n_pos: int) -> int:

@@ -37,6 +37,9 @@ Budget = Annotated[
 Seconds = Annotated[
     float | None, typer.Option("--time-budget", min=0.001, help="Seconds: measure every site, or what fits.")
 ]
+Batch = Annotated[
+    int | None, typer.Option("--batch", min=1, help="Tokens computed together. [default: what memory and speed say]")
+]
 Clean = Annotated[str, typer.Option("--clean", help="A clean prompt of your own; --corrupt, --right, --wrong too.")]
 Corrupt = Annotated[str, typer.Option("--corrupt", help="The corrupted prompt: as many tokens.")]
 Right = Annotated[str, typer.Option("--right", help="Answer to the clean prompt: one token, with its space.")]
@@ -62,6 +65,7 @@ def patch(
     window: Window = 1,
     budget: Budget = None,
     time_budget: Seconds = None,
+    batch: Batch = None,
     clean: Clean = "",
     corrupt: Corrupt = "",
     right: Right = "",
@@ -85,7 +89,14 @@ def patch(
     }  # fmt: skip
     made = _config({key: value for key, value in given.items() if value not in ("", None)}, sets, config)
     made = _worded(made, corruption, window)
-    _execute(made, model, device, dtype, out, time_budget, report=report, as_json=as_json)
+    with _at_most(batch):
+        _execute(made, model, device, dtype, out, time_budget, report=report, as_json=as_json)
+
+
+def _at_most(batch: int | None) -> Any:
+    from interp.analyses.patching_plan import at_most
+
+    return at_most(batch)
 
 
 def _config(given: dict[str, Any], sets: list[str] | None, file: Path | None) -> Any:

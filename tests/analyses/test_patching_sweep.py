@@ -10,7 +10,7 @@ import torch
 
 from interp.analyses import patching_wave
 from interp.analyses.patching_places import Grid, make_grid, make_grids, sites_of
-from interp.analyses.patching_plan import plan_sweep
+from interp.analyses.patching_plan import at_most, graph_rows, plan_sweep
 from interp.analyses.patching_runs import Intervention, Runs, make_runs
 from interp.analyses.patching_scores import endpoints, sweep
 from interp.analyses.patching_wave import all_patches, patched_logits
@@ -188,6 +188,12 @@ def test_the_split_does_not_matter_and_memory_bounds_it() -> None:
     assert all(torch.allclose(logits[0][key], logits[1][key], atol=ATOL) for key in logits[0])
     with pytest.raises(InterpError, match="shorten the prompts"):
         plan_sweep(model, pairs.n_pos, memory_free=1000)
+    with at_most(12):
+        assert plan_sweep(model, pairs.n_pos).tokens == 12 and graph_rows(model, pairs.n_pos) == 2
+        assert plan_sweep(model, pairs.n_pos, memory_free=int(4.1 * 6 * whole.bytes_per_token)).tokens == 6
+    assert plan_sweep(model, pairs.n_pos).tokens == 2048
+    with pytest.raises(InterpError, match="0 tokens"), at_most(0):
+        pass
 
 
 def test_metrics_of_ones_own_see_the_logits_and_the_pair() -> None:

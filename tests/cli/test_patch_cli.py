@@ -33,7 +33,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_flags_become_the_config_and_the_run_replays(said: Any) -> None:
     status, found, _ = said(
         *OWN, "--site", "mlp_out,z.1", "--window", "1", "--direction", "noising", "--metric", "log_prob", "--seed", "3",
-        "--out", "r", "--json",
+        "--batch", "4", "--out", "r", "--json",
     )  # fmt: skip
     assert status == 0
     (result,) = load_run(Path("r")).results
