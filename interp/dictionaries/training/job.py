@@ -62,6 +62,11 @@ class Job:
         return tuple(dict.fromkeys((*self.reads, *self.writes)))
 
     @property
+    def crosscodes(self) -> bool:
+        """Whether it reads several sites and writes them again."""
+        return len(self.reads) > 1 and not self.writes
+
+    @property
     def wants_gradient(self) -> bool:
         return self.config.kind == "gradient_topk" and self.config.gradient_weight > 0
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from interp.core.errors import ArtefactError, InterpError
 from interp.core.progress import listening
+from interp.dictionaries.crosscoder import train_crosscoder
 from interp.dictionaries.saved import load
 from interp.dictionaries.train import Diverged, Stepper
 from interp.dictionaries.train_config import TrainConfig
@@ -318,3 +319,32 @@ def test_a_checkpoint_keeps_the_layout_of_memory(tmp_path):
     saved = load(tmp_path / "run" / "dictionaries" / "auto").dictionary
     assert torch.equal(tensors["auto/weights/W_enc"], saved.W_enc.t())
     assert found.step == 24 and found.facts["source"] == {"number": 24} and isinstance(found.path, Path)
+
+
+def test_a_relu_crosscoder_has_the_penalty_of_its_blocks_also_after_a_resume(tmp_path):
+    """sum_i f_i sum_b |d_i^b|, as `train_crosscoder` has it; that of the stacked rows is another."""
+    cfg = TrainConfig(kind="relu", d_dict=32, n_steps=12, batch_size=BATCH, sparsity_warmup_fraction=0.0)
+    job, short = Job(name="both", config=cfg, reads=("a", "b")), RunConfig(save_every=5, n_sample=256)
+    source = Planted()
+    sample = job.x(source.sample(256))
+    stream = (job.x(source.next()) for _ in range(cfg.n_steps))
+    wanted = train_crosscoder(stream, sample, cfg, {"a": D_A, "b": D_B}).crosscoder.dictionary
+    stacked = Stepper(job.start(Planted().sample(256)), cfg)
+    source = Planted()
+    for number in range(cfg.n_steps):
+        stacked.step(number, job.x(source.next()))
+    whole = load(train([job], Planted(), tmp_path / "whole", short)["both"]).dictionary
+    with pytest.raises(KeyboardInterrupt):
+        train([job], Planted(), tmp_path / "run", short, watchers=[_interrupt_at(7)])
+    resumed = load(train([job], Planted(), tmp_path / "run", short, resume=True)["both"]).dictionary
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], value) and torch.equal(resumed.state_dict()[name], value), name
+    assert not torch.allclose(stacked.sae.W_enc, wanted.W_enc)
+
+
+def _interrupt_at(step: int):
+    def watch(tick: Tick) -> None:
+        if tick.done == step:
+            raise KeyboardInterrupt
+
+    return watch
