@@ -18,8 +18,8 @@ from interp.circuits.transcoder_graph_layers import Replacement
 from interp.core.result import NODE_COLUMNS, Panel
 from interp.models.model import LoadedModel
 
-N_SHOWN = 36
-"""Features and errors in the figure, the most influential ones."""
+N_SHOWN = {"feature": 28, "error": 8, "logit": 4}
+"""Nodes of each kind in the figure, the most influential (or most probable) ones; all tokens."""
 N_TOKENS = 5
 """Tokens listed per feature."""
 WORDS = {
@@ -86,11 +86,13 @@ def drawn_tables(
     graph: AttributionGraph, pruned: Pruned, notes: Mapping[int, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     """Nodes and edges of the figure, and the share of the influence among the kept nodes that is not drawn."""
-    inner = graph.n_features + graph.n_errors
     influence = pruned.node_influence[pruned.nodes]
-    movable = torch.where(pruned.nodes < inner, influence, -1)
-    best = movable.topk(min(N_SHOWN, int((pruned.nodes < inner).sum()))).indices
-    keep = (pruned.nodes >= inner).index_fill(0, best, True)
+    kinds = [graph.node(int(index)).kind for index in pruned.nodes]
+    keep = torch.tensor([kind == "token" for kind in kinds])
+    for kind, n in N_SHOWN.items():
+        own = torch.tensor([i for i, other in enumerate(kinds) if other == kind], dtype=torch.long)
+        best = own[:n] if kind == "logit" else own[influence[own].topk(min(n, len(own))).indices]
+        keep[best] = True
     edges = torch.where(keep[:, None] & keep, pruned.edges, 0)
     keep &= (edges != 0).any(0) | (edges != 0).any(1)
     targets, sources = edges.nonzero(as_tuple=True)
@@ -184,7 +186,8 @@ PANELS = (
     Panel(
         title="Attribution graph", kind="graph", table="drawn", nodes="drawn_nodes", x="start", y="end", value="weight",
         group="kind", x_label="position", y_label="layer", value_label="direct effect",
-        reading="Tokens at the bottom, next tokens on top, columns are positions. Red edges push their target up, blue "
+        reading="Tokens at the bottom, likeliest next tokens on top, columns are positions; the most influential nodes "
+        "only. Red edges push their target up, blue "
         "ones pull it down; attention patterns and norms are held at their values on this prompt. Error nodes are what "
         "the transcoders miss: paths through them are unexplained.",
     ),
