@@ -7,7 +7,8 @@ heads with the largest effects, and a score is good if it ranks them first (AUC)
 Beside it: exchanged labels, which are the null (heads that vary more have more codes whatever the labels say), the
 difference of means per head, and the accuracy of a linear probe per head, which need no dictionary.
 Paper: C. O'Neill and T. Bui 2024, https://arxiv.org/abs/2405.12522; `interp.dictionaries.discrete` has the algorithm.
-Beware: codes average over positions; a head whose output differs between clean and corrupted prompts need not matter to
+Beware: negatives must be no case of the task themselves: ioi's corruption `s2` mirrors a prompt into one as good, and
+there nothing tells the two apart (linear probes at chance). Codes average over positions; a head whose output differs between clean and corrupted prompts need not matter to
 the answer, and the patched circuit is that of one metric, one corruption and one cut.
 """
 
@@ -71,8 +72,8 @@ class DiscreteCircuitConfig:
 
     task: str = "ioi"
     """Whose prompts: see `interp tasks`."""
-    corruption: str = ""
-    """What makes the negatives; empty takes the task's own."""
+    corruption: str = "abc"
+    """What makes the negatives: prompts that are no case of the task; empty takes the task's first corruption."""
     n_pairs: int = 48
     """Clean prompts (positives) and as many corrupted ones (negatives)."""
     n_patched: int = 8
