@@ -8,8 +8,8 @@ Beside it: exchanged labels, which are the null (heads that vary more have more 
 difference of means per head, and the accuracy of a linear probe per head, which need no dictionary.
 Paper: C. O'Neill and T. Bui 2024, https://arxiv.org/abs/2405.12522; `interp.dictionaries.discrete` has the algorithm.
 Beware: negatives must be no case of the task themselves: ioi's corruption `s2` mirrors a prompt into one as good, and
-there nothing tells the two apart (linear probes at chance). Codes average over positions; a head whose output differs between clean and corrupted prompts need not matter to
-the answer, and the patched circuit is that of one metric, one corruption and one cut.
+there linear probes are at chance. Codes average over positions; a head whose output differs between clean and corrupted
+prompts need not matter to the answer, and the patched circuit is that of one metric, one corruption and one cut.
 """
 
 from __future__ import annotations
