@@ -24,7 +24,7 @@ Dtype = Annotated[str, typer.Option("--dtype", help="float32, float64, bfloat16 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output alone on stdout.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Set a config field; may be repeated.")]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with config fields.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Run folder. [default: runs/METHOD-TIME]")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Run folder. \\[default: runs/METHOD-TIME]")]
 Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html into the run folder.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its name under runs/.")]
 

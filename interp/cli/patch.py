@@ -18,7 +18,7 @@ from interp.core.errors import InterpError
 
 METHOD = "patching"
 Site = Annotated[
-    str, typer.Option("--site", "--kinds", "-s", help="KIND[.LAYERS][@WHERE][#UNIT][~WINDOW],...: z,k.3-9@END")
+    str, typer.Option("--site", "--kinds", "-s", help="KIND[.LAYERS]\\[@WHERE]\\[#UNIT][~WINDOW],...: z,k.3-9@END")
 ]
 Task = Annotated[str, typer.Option("--task", "-t", help="A task (interp tasks); ioi-standard: eight known prompts.")]
 Corruption = Annotated[str, typer.Option("--corruption", help="How the task's prompts are corrupted.")]
@@ -26,26 +26,26 @@ Direction = Annotated[
     str, typer.Option("--direction", "-d", help="both, denoising, noising, gaussian, zero, mean or resample.")
 ]
 Metric = Annotated[
-    str, typer.Option("--metric", help="logit_diff, prob, log_prob, prob_diff, kl. [default: the task's]")
+    str, typer.Option("--metric", help="logit_diff, prob, log_prob, prob_diff, kl. \\[default: the task's]")
 ]
-Number = Annotated[int | None, typer.Option("--n", "--n-prompts", help="Prompt pairs. [default: 8]")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of prompts, noise and draws. [default: 0]")]
+Number = Annotated[int | None, typer.Option("--n", "--n-prompts", help="Prompt pairs. \\[default: 8]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of prompts, noise and draws. \\[default: 0]")]
 Window = Annotated[int, typer.Option("--window", min=1, help="Patch so many neighbouring layers together.")]
 Budget = Annotated[
-    int | None, typer.Option("--budget", min=0, help="Rank by gradients, measure so many sites. [default: 0, all]")
+    int | None, typer.Option("--budget", min=0, help="Rank by gradients, measure so many sites. \\[default: 0, all]")
 ]
 Seconds = Annotated[
     float | None, typer.Option("--time-budget", min=0.001, help="Seconds: measure every site, or what fits.")
 ]
 Batch = Annotated[
-    int | None, typer.Option("--batch", min=1, help="Tokens computed together. [default: what memory and speed say]")
+    int | None, typer.Option("--batch", min=1, help="Tokens computed together. \\[default: what memory and speed say]")
 ]
 Clean = Annotated[str, typer.Option("--clean", help="A clean prompt of your own; --corrupt, --right, --wrong too.")]
 Corrupt = Annotated[str, typer.Option("--corrupt", help="The corrupted prompt: as many tokens.")]
 Right = Annotated[str, typer.Option("--right", help="Answer to the clean prompt: one token, with its space.")]
 Wrong = Annotated[str, typer.Option("--wrong", help="Answer to the corrupted prompt.")]
 MinAccuracy = Annotated[
-    float | None, typer.Option("--min-accuracy", help="Share of clean prompts it must get right. [default: 0.75]")
+    float | None, typer.Option("--min-accuracy", help="Share of clean prompts it must get right. \\[default: 0.75]")
 ]
 
 

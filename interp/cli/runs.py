@@ -77,7 +77,7 @@ def report(folder: options.RunFolder, as_json: options.Json = False) -> None:
 
 def replay(
     folder: options.RunFolder,
-    device: Annotated[str, typer.Option("--device", help="Where to recompute. [default: where it was]")] = "",
+    device: Annotated[str, typer.Option("--device", help="Where to recompute. \\[default: where it was]")] = "",
     as_json: options.Json = False,
 ) -> None:
     """Recompute a run and compare every number; exit status 1 if one is out of tolerance."""

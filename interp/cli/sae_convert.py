@@ -19,7 +19,7 @@ Format = Annotated[
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Also prove it on this model's activations.", show_default=False)
 ]
-Site = Annotated[str | None, typer.Option("--site", help="Where it reads. [default: what the file says]")]
+Site = Annotated[str | None, typer.Option("--site", help="Where it reads. \\[default: what the file says]")]
 Corpus = Annotated[str, typer.Option("--corpus", help="Text for those activations.")]
 Peers = Annotated[
     bool, typer.Option("--peers/--no-peers", help="Let the library that owns the format read the result, too.")

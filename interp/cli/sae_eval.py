@@ -18,10 +18,10 @@ DictionaryPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A saved dictionary: interp, SAELens, sparsify, circuit-tracer or plain.")
 ]
 ModelOfDictionary = Annotated[
-    str | None, typer.Option("--model", "-m", help="The model it was trained on. [default: what the file says]")
+    str | None, typer.Option("--model", "-m", help="The model it was trained on. \\[default: what the file says]")
 ]
 SiteOfDictionary = Annotated[
-    str | None, typer.Option("--site", help="Where it reads and writes. [default: what the file says]")
+    str | None, typer.Option("--site", help="Where it reads and writes. \\[default: what the file says]")
 ]
 Siblings = Annotated[
     list[Path] | None, typer.Option("--sibling", metavar="PATH", help="The same from another seed; may be repeated.")
@@ -33,7 +33,7 @@ Skip = Annotated[
     int | None,
     typer.Option(
         "--skip-tokens", min=0,
-        help="Tokens of the corpus to leave out first. [default: those it was trained on, as far as the file says]",
+        help="Tokens of the corpus to leave out first. \\[default: those it was trained on, as far as the file says]",
     ),
 ]  # fmt: skip
 Steps = Annotated[

@@ -10,15 +10,16 @@ from interp.cli import console, options, sae_hints
 from interp.core.errors import InterpError
 
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="The model to use it on. [default: what the file says]")
+    str | None, typer.Option("--model", "-m", help="The model to use it on. \\[default: what the file says]")
 ]
-Site = Annotated[str | None, typer.Option("--site", help="Where it reads. [default: what the file says]")]
+Site = Annotated[str | None, typer.Option("--site", help="Where it reads. \\[default: what the file says]")]
 TargetSite = Annotated[
-    str | None, typer.Option("--target-site", help="What it predicts, for a transcoder. [default: what the file says]")
+    str | None,
+    typer.Option("--target-site", help="What it predicts, for a transcoder. \\[default: what the file says]"),
 ]
-Corpus = Annotated[str | None, typer.Option("--corpus", help="Text to measure on. [default: the certificate's]")]
-Sequences = Annotated[int | None, typer.Option("--n-sequences", min=1, help="Sequences of it. [default: 16]")]
-Length = Annotated[int | None, typer.Option("--length", min=2, help="Tokens per sequence. [default: 128]")]
+Corpus = Annotated[str | None, typer.Option("--corpus", help="Text to measure on. \\[default: the certificate's]")]
+Sequences = Annotated[int | None, typer.Option("--n-sequences", min=1, help="Sequences of it. \\[default: 16]")]
+Length = Annotated[int | None, typer.Option("--length", min=2, help="Tokens per sequence. \\[default: 128]")]
 Certify = Annotated[
     bool, typer.Option("--certify", help="If nothing speaks against it, save what was measured with the dictionary.")
 ]

@@ -22,14 +22,16 @@ DictionaryPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A saved dictionary: interp, SAELens, sparsify, circuit-tracer or plain.")
 ]
 ModelOfDictionary = Annotated[
-    str | None, typer.Option("--model", "-m", help="The model it was trained on. [default: what the file says]")
+    str | None, typer.Option("--model", "-m", help="The model it was trained on. \\[default: what the file says]")
 ]
-SiteOfDictionary = Annotated[str | None, typer.Option("--site", help="Where it reads. [default: what the file says]")]
+SiteOfDictionary = Annotated[str | None, typer.Option("--site", help="Where it reads. \\[default: what the file says]")]
 TargetSite = Annotated[
-    str | None, typer.Option("--target-site", help="What it predicts, for a transcoder. [default: what the file says]")
+    str | None,
+    typer.Option("--target-site", help="What it predicts, for a transcoder. \\[default: what the file says]"),
 ]
 PagesFolder = Annotated[
-    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of pages. [default: PATH with -pages behind it]")
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", help="Folder of pages. \\[default: PATH with -pages behind it]"),
 ]
 Latents = Annotated[str, typer.Option("--latents", help="So many random live ones, all, or numbers: 12,77,1003.")]
 Corpus = Annotated[str, typer.Option("--corpus", help="Text to look at; `interp capture --help` lists corpora.")]

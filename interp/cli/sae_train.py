@@ -34,7 +34,7 @@ Force = Annotated[bool, typer.Option("--force", help="Start although the plan sa
 Help = Annotated[bool, typer.Option("--help", "-h", help="Show the flags and stop.")]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Plan for so many processes under torchrun.")]
 OutRun = Annotated[
-    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the run. [default: runs/sae-TIME]")
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the run. \\[default: runs/sae-TIME]")
 ]
 
 

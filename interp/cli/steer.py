@@ -21,13 +21,15 @@ def register(app: typer.Typer) -> None:
 
 def extract(
     model: options.Model = options.DEFAULT_MODEL,
-    layer: Annotated[int | None, typer.Option("--layer", help="Block to read after. [default: 55 % of depth]")] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Block to read after. \\[default: 55 % of depth]")
+    ] = None,
     method: Annotated[str, typer.Option("--method", help="mean or pca of the differences.")] = "mean",
     strength: Annotated[float, typer.Option("--strength", help="Recommended multiple of the activation norm.")] = 0.3,
     n_pairs: Annotated[int, typer.Option("--n-pairs", help="Sentiment contrast pairs to use.")] = 40,
     corpus: Annotated[str, typer.Option("--corpus", help="Neutral text whose norm is the unit.")] = "docs:assignment",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="[default: runs/vectors/SITE.safetensors]")
+        Path | None, typer.Option("--out", metavar="FILE", help="\\[default: runs/vectors/SITE.safetensors]")
     ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
