@@ -94,8 +94,6 @@ def evaluate(
         return
     print_scores(result)
     print_results(run.results)
-    for note in doubt:
-        console.line(f"note: {note}")
     console.line(f"saved  {folder.as_posix()}")
     if report:
         console.line(f"report {(folder / 'report.html').as_posix()}", "bold")
