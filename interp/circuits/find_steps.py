@@ -29,6 +29,8 @@ CHUNK = 32
 """Control circuits, and edges whose effect is measured, between two looks at the clock."""
 N_BAND = 6
 """Control circuits of each kind at every size of the curve."""
+N_NULL = 16
+"""Pairs on which control circuits are run."""
 N_FEW = 8
 """Pairs on which what costs much is measured: bands, minimality."""
 N_EVIDENCE = 4
@@ -111,11 +113,18 @@ class Measured:
 
     f: float
     per_pair: Float[Tensor, " pair"]
-    gap: float
+    gained: Float[Tensor, " pair"]
+    """Metric of the circuit, above that of the corrupted run."""
+    gap: Float[Tensor, " pair"]
+    """Metric of the clean run, above that of the corrupted run."""
     error: float
     """Largest difference of the metric with all (no) edges from the clean (corrupted) run, over the gap."""
     rest: float
     """f of all other edges."""
+
+    def f_of_first(self, n: int) -> float:
+        """f over the first `n` pairs."""
+        return float(self.gained[:n].mean() / self.gap[:n].mean())
 
 
 def measured(work: Work, circuit: Circuit, pairs: PromptPairs, metric: Metric, name: str) -> Measured:
@@ -125,13 +134,15 @@ def measured(work: Work, circuit: Circuit, pairs: PromptPairs, metric: Metric, n
         whole, none = circuit.graph.full(), circuit.graph.empty()
         found = faithfulness(work.model, pairs, [circuit, circuit.complement(), whole, none], metric)
         ends = torch.stack([found.values[2] - found.all, found.values[3] - found.none]).abs().max()
-        gap = found.gap.mean()
-        return {"mean": found.mean, "per_pair": found.per_pair[0], "gap": gap, "error": ends / gap.abs()}
+        return {
+            "mean": found.mean, "per_pair": found.per_pair[0], "gained": found.values[0] - found.none,
+            "gap": found.gap, "error": ends / found.gap.mean().abs(),
+        }  # fmt: skip
 
     kept = work.stages.get(name, make)
     return Measured(
-        f=float(kept["mean"][0]), rest=float(kept["mean"][1]), per_pair=kept["per_pair"], gap=float(kept["gap"]),
-        error=float(kept["error"]),
+        f=float(kept["mean"][0]), rest=float(kept["mean"][1]), per_pair=kept["per_pair"], gained=kept["gained"],
+        gap=kept["gap"], error=float(kept["error"]),
     )  # fmt: skip
 
 
@@ -152,7 +163,9 @@ def curves(work: Work, scores: EdgeScores) -> dict[str, Tensor]:
 def null(
     work: Work, circuit: Circuit, kind: str, pairs: PromptPairs, metric: Metric, name: str, n: int
 ) -> Float[Tensor, " draw"]:
-    """f of control circuits, in chunks until there are `n` or the time is up."""
+    """f of control circuits on the first pairs, in chunks until there are `n` or the time is up."""
+    some = list(range(min(N_NULL, len(pairs))))
+    pairs, metric = pairs.take(some), metric.take(some)
     parts: list[Tensor] = []
     for first in track(range(0, n, CHUNK), f"control circuits, {name}"):
         if work.clock.is_up:

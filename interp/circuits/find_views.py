@@ -16,19 +16,21 @@ from interp.circuits.controls import STABLE, draw_controls
 from interp.circuits.export import edge_table
 from interp.circuits.faithfulness import MINIMAL, SHARES
 from interp.circuits.figure import graph_panel, graph_tables
-from interp.circuits.find_steps import N_FEW, Measured, Work, n_evidence
+from interp.circuits.find_steps import N_FEW, N_NULL, Measured, Work, n_evidence
 from interp.circuits.graph import Circuit, EdgeScores
 from interp.core.controls import bootstrap_interval, rank_test
 from interp.core.result import Control, LabelledTensor, Panel
 from interp.core.seed import numpy_generator
 from interp.tasks.library import Accuracy
 
+LEVELS = {"random": 0.01, "degree-matched": 0.05, "held-out": 0.05}
+"""p at which a control counts as held: the same parts wired differently are a near neighbour, not chance."""
 LEVEL = 0.01
 IDENTITY = 1e-3
 N_SHUFFLES = 999
 WORDS = {
     "random": "{n} random circuits of {size} edges",
-    "degree-matched": "{n} circuits of the same degrees",
+    "degree-matched": "{n} circuits of the same parts and degrees, wired differently",
     "held-out": "prompts of other words: {n} circuits of the same degrees there",
 }
 
@@ -58,7 +60,9 @@ class Found:
     def p(self, kind: str) -> float | None:
         null = self.nulls.get(kind)
         observed = self.held if kind == "held-out" else self.own
-        return rank_test(observed.f, null.double()) if observed and null is not None and len(null) else None
+        if observed is None or null is None or not len(null):
+            return None
+        return rank_test(observed.f_of_first(N_NULL), null.double())
 
     @property
     def evidence(self) -> tuple[np.ndarray, np.ndarray]:
@@ -176,14 +180,14 @@ def panels(found: Found) -> tuple[Panel, ...]:
             title="Faithfulness at every size", kind="line", table="curve", x="share", y="faithfulness",
             group="series", low="low", high="high", x_label="edges kept", y_label="faithfulness",
             reading="1 is the whole model, 0 the corrupted run. Bands: bootstrap over pairs for the circuit, range of "
-            f"{next(iter(found.bands.values())).shape[1]} draws for the controls (grey, on {N_FEW} pairs). A circuit "
-            "says something where it is far above circuits of the same degrees.",
+            f"{next(iter(found.bands.values())).shape[1]} draws for the controls (grey, on {N_FEW} pairs). Random "
+            "edges are chance; circuits of the same degrees have the same parts, wired differently.",
         ),
         Panel(
             title="Control circuits of this size", kind="scatter", table="controls_drawn", x="kind", y="faithfulness",
             y_label="faithfulness",
-            reading=f"The circuit itself has {found.own.f:.3f}. Random edges seldom connect at all; circuits of the "
-            "same degrees are the harder test.",
+            reading=f"On the same pairs the circuit has {found.own.f_of_first(N_NULL):.3f}. Random edges seldom "
+            "connect at all; circuits of the same degrees have the same parts, wired differently.",
         ),
     ]  # fmt: skip
     if len(found.evidence[0]):
@@ -215,9 +219,9 @@ def controls(found: Found) -> tuple[Control, ...]:
         made.append(
             Control(
                 name=WORDS[kind].format(n=len(null), size=found.circuit.size),
-                statistic=f"faithfulness; the control is the 95th percentile; passes at p <= {LEVEL:g}",
-                observed=observed.f, control=float(np.quantile(null.double().numpy(), 0.95)), p_value=p,
-                passed=p <= LEVEL,
+                statistic=f"faithfulness; the control is the 95th percentile; passes at p <= {LEVELS[kind]:g}",
+                observed=observed.f_of_first(N_NULL), control=float(np.quantile(null.double().numpy(), 0.95)),
+                p_value=p, passed=p <= LEVELS[kind],
             )
         )  # fmt: skip
     if (shuffled := _shuffled(found)) is not None:
@@ -264,8 +268,8 @@ def notes(found: Found) -> tuple[str, ...]:
     kept = float(np.mean([float((edges & found.circuit.edges).sum()) for edges in same])) / found.circuit.size
     if kept > 0.5:
         made.append(
-            f"circuits of the same degrees share {kept:.0%} of the edges with this one: so few edges leave little to "
-            "exchange, and they are no hard test"
+            f"circuits of the same degrees share {kept:.0%} of the edges with this one: that control asks whether the "
+            "wiring matters once the parts are known, not whether chance would find them"
         )
     f = found.own.per_pair[found.own.per_pair.isfinite()]
     if len(f) > 1:

@@ -16,7 +16,7 @@ from interp.core.errors import ArtefactError, InterpError
 if TYPE_CHECKING:
     from interp.circuits.saved import SavedCircuit
 
-LEVEL = 0.01
+LEVEL = 0.05
 FORMATS = ("json", "dot", "graphml")
 
 
@@ -58,13 +58,13 @@ def check(
     run: options.RunFolder,
     n_pairs: Annotated[int, typer.Option("--n-pairs", help="New prompt pairs of each split.")] = 32,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the new prompts and of the controls.")] = 1,
-    n_random: Annotated[int, typer.Option("--n-random", help="Control circuits; 99 give p <= 0.01 at best.")] = 99,
+    n_random: Annotated[int, typer.Option("--n-random", help="Control circuits; 19 give p <= 0.05 at best.")] = 99,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
     """Is the circuit faithful on prompts it was not found on, and more so than circuits of the same degrees?"""
-    if n_random < 99:
-        raise InterpError(f"--n-random {n_random} cannot give p <= {LEVEL:g}; take at least 99")
+    if n_random < 19:
+        raise InterpError(f"--n-random {n_random} cannot give p <= {LEVEL:g}; take at least 19")
     saved = open_circuit(run)
     with console.progress() as steps:
         with steps.step(f"opening {saved.result.manifest.model.source}"):
@@ -199,9 +199,10 @@ def show(
     from interp.report.tables import shown
 
     headline = saved.result.headline
+    f, p = shown(headline["faithfulness"]), shown(headline["p_degree_matched"])
     console.line(
         f"{saved.circuit.size} of {saved.circuit.graph.n_edges} edges, {len(saved.circuit.nodes())} nodes, "
-        f"faithfulness {shown(headline['faithfulness'])}, p {shown(headline['p_degree_matched'])} against the same degrees"
+        f"faithfulness {f}, p {p} against the same degrees"
     )
     rows = [
         (edge, f"{score:+.4g}", "" if effect != effect else f"{effect:+.4g}")

@@ -1,0 +1,142 @@
+"""`interp circuit`: find, resume, check, compare, show, and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from interp.circuits import find_steps
+from interp.circuits.export import read_json
+from interp.circuits.planted import planted_circuit
+from interp.cli import main
+from interp.core.run import load_run
+from interp.models.toy.planted import planted
+
+FIND = [
+    "circuit", "find", "--model", "planted-negative", "--task", "planted", "--budget", "9", "--n-pairs", "9",
+    "--no-report",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs: nine edges, and six."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main([*FIND, "--n-random", "99", "--out", str(folder / "nine")]) == 0
+    assert main([*FIND, "--budget", "6", "--n-random", "5", "--out", str(folder / "six")]) == 0
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = main(list(words))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_find_writes_the_planted_circuit_for_every_program(runs: Path) -> None:
+    truth = planted_circuit(planted("negative", 1))
+    assert read_json(runs / "nine" / "circuit.json").same(truth)
+    assert (runs / "nine" / "circuit.dot").read_text().startswith("digraph")
+    assert (runs / "nine" / "circuit.graphml").read_text().startswith("<?xml")
+    headline = load_run(runs / "nine").results[0].headline
+    assert headline["faithfulness"] == pytest.approx(1, abs=0.02)
+    assert headline["faithfulness_held_out"] == pytest.approx(1, abs=0.02)
+    assert headline["p_random"] <= 0.01
+    assert sorted(path.name for path in runs.iterdir()) == ["nine", "six"], "nothing partial is left"
+
+
+def test_check_draws_new_prompts(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(capsys, "circuit", "check", str(runs / "nine"), "--n-pairs", "6", "--json")
+    found = json.loads(out)
+    assert [row["faithfulness"] for row in found["checks"]] == pytest.approx([1, 1], abs=0.02)
+    assert status == (0 if found["passed"] else 1)
+    assert said(capsys, "circuit", "check", str(runs / "nine"), "--seed", "0")[0] == 2
+    assert said(capsys, "circuit", "check", str(runs / "nine"), "--n-random", "9")[0] == 2
+
+
+def test_compare_counts_what_is_shared(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(capsys, "circuit", "compare", str(runs / "nine"), str(runs / "six"), "--json")
+    found = json.loads(out)
+    assert status == 0
+    six = read_json(runs / "six" / "circuit.json")
+    assert found["overlap"]["edges"]["n_both"] == six.size
+    assert found["spearman"] == pytest.approx(1)
+    at_home = [row["faithfulness"] for row in found["transfer"] if row["circuit"] == "nine"]
+    assert at_home == pytest.approx([1, 1], abs=0.02)
+    assert said(capsys, "circuit", "compare", str(runs / "nine"), str(runs / "six"), "--no-transfer")[0] == 0
+
+
+@pytest.mark.parametrize(("flag", "start"), [("--dot", "digraph"), ("--graphml", "<?xml"), ("--json", "{")])
+def test_show_prints_the_circuit(runs: Path, flag: str, start: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(capsys, "circuit", "show", str(runs / "nine"), flag)
+    assert status == 0
+    assert out.startswith(start)
+    assert "a1.h2->logits" in said(capsys, "circuit", "show", str(runs / "nine"))[1]
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    words = [*FIND, "--n-random", "99", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(find_steps, "exact_effects", killed)
+        assert main(words) == 130
+    kept = {path.name for path in (tmp_path / "run.partial").iterdir()}
+    assert {"scores.safetensors", "curve.safetensors", "degree-matched-96.safetensors"} <= kept
+    with monkeypatch.context() as patch:
+        patch.setattr(find_steps, "edge_scores", killed)
+        assert main(words) == 0, "the scores were kept"
+    assert not (tmp_path / "run.partial").exists()
+    whole, again = (load_run(folder).results[0] for folder in (runs / "nine", tmp_path / "run"))
+    assert {k: v for k, v in whole.headline.items() if k != "seconds"} == {
+        k: v for k, v in again.headline.items() if k != "seconds"
+    }
+
+
+def test_no_time_leaves_out_what_only_adds_certainty(tmp_path: Path) -> None:
+    assert main([*FIND, "--n-random", "99", "--minutes", "0.0001", "--out", str(tmp_path / "run")]) == 0
+    result = load_run(tmp_path / "run").results[0]
+    assert result.headline["faithfulness"] == pytest.approx(1, abs=0.02)
+    assert result.headline["p_random"] is None
+    assert any("fewer control circuits" in note for note in result.notes)
+    assert any("effects of 0 of" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--task", "nope"], "unknown task"),
+        (["--method", "eapig"], "eap-ig"),
+        (["--budget", "9999"], "has 262"),
+        (["--budget", "0"], "at least 1"),
+        (["--minutes", "0"], "above 0"),
+        (["--model", "planted-nope"], "unknown planted model"),
+        (["--task", "ioi"], ""),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, error = said(capsys, *FIND, "--out", str(tmp_path / "run"), *words)
+    assert status == 2
+    assert out == ""
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("interp: error: ")
+    assert reason in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_of_something_else_and_other_models_are_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    assert main([*FIND, "--model", "planted-two_hop", "--n-random", "2", "--out", str(other)]) == 0
+    status, _, error = said(capsys, "circuit", "compare", str(other), str(runs / "six"))
+    assert (status, "two models" in error) == (2, True)
+    assert said(capsys, "circuit", "show", str(tmp_path / "none"))[0] == 2
+    shutil.rmtree(other / "tables")
+    assert said(capsys, "circuit", "show", str(other))[0] == 2
