@@ -90,9 +90,10 @@ def run(model: LoadedModel, data: GluData, cfg: GluNeuronsConfig) -> Result:
     accuracy = check_accuracy(model, data.pairs, cfg.min_accuracy)
     neurons = scan(model, layers)
     sharpest = readings(model, neurons.nlargest(views.N_SHOWN, "kurtosis"))
-    mlps = [read_mlp(model, layer) for layer in layers]
     found = probes(model, data.train, data.test, layers, cfg.seed)
-    chosen = choose(mlps, found, cfg.k)
+    followed = [probe for probe in found if probe.readable] or found
+    mlps = [read_mlp(model, probe.layer) for probe in followed]
+    chosen = choose(mlps, followed, cfg.k)
     heads = score_heads(model, data.train, mlps, chosen, cfg.n_channel)
     top = heads.ranked(cfg.min_attention, views.N_CANDIDATES)[: cfg.n_heads]
     made = _ablations(model, data, cfg, mlps, chosen, heads, top)
@@ -113,10 +114,18 @@ def run(model: LoadedModel, data: GluData, cfg: GluNeuronsConfig) -> Result:
         tensors={"score": LabelledTensor(values=heads.score.float(), axes=("layer", "head"))},
         notes=(
             f"neurons of layers {layers[0]} to {layers[-1]} are read; {accuracy}",
+            _followed(followed),
             f"{len(data.train)} prompts to choose on, {len(data.test)} to measure on",
             *data.pairs.notes,
         ),
     )
+
+
+def _followed(found: Sequence[Probe]) -> str:
+    listed = ", ".join(str(probe.layer) for probe in found)
+    if not found[0].readable:
+        return "the class can be read in no layer at the last token: probes of all layers are followed, and mean little"
+    return f"the class can be read at the last token after layers {listed}: neurons are chosen there"
 
 
 def _layers(model: LoadedModel, cfg: GluNeuronsConfig) -> list[int]:
@@ -219,6 +228,7 @@ def _headline(
         "probe_accuracy_shuffled": max(probe.accuracy_shuffled for probe in found),
         "drop_neurons": drop(views.NEURONS, 2),
         "drop_random_neurons": drop(views.RANDOM_NEURONS, 2),
+        "layers_readable": [probe.layer for probe in found if probe.readable],
         "heads": [f"{layer}.{head}" for layer, head in top],
         "drop_heads": drop(views.HEADS, len(top)),
         "drop_random_heads": drop(views.RANDOM_HEADS, len(top)),

@@ -4,8 +4,8 @@ helper of `glu_neurons`).
 A ridge probe of the stream after each layer at the last token, w = (X^T X + lambda I)^-1 X^T y on centred activations,
 lambda = RIDGE * mean squared length; its accuracy on other words stands beside that of probes of shuffled labels.
 Neurons of a class: the k of each layer whose value vectors have the largest cosine with w (with -w for the other
-class). They are set to zero at the last token only. Beside them random neurons of the same layers whose contribution
-|hidden_j| * |W_down[j]| is alike.
+class), in the layers where the class can be read at all: before them a probe points nowhere. They are set to zero at
+the last token only. Beside them random neurons of the same layers whose contribution |hidden_j| * |W_down[j]| is alike.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from interp.models.model import LoadedModel
 
 RIDGE = 0.1
 """Of the mean squared length of the centred activations."""
+READABLE = 0.75
+"""Accuracy from which a layer's probe is worth following."""
 N_SHUFFLES = 20
 """Probes of shuffled labels: along a direction as strong as the class, one alone is right nearly always or never."""
 ALIKE = 8
@@ -42,8 +44,15 @@ class Probe:
     """Towards the second class, of length 1."""
     accuracy: float
     """On the test prompts."""
+    accuracy_train: float
+    """On training prompts whose deciding token the probe has not seen: two folds, each probe tested on the other."""
     accuracy_shuffled: float
-    """The same of probes of shuffled labels, mean."""
+    """On the test prompts, of probes of shuffled labels, mean."""
+
+    @property
+    def readable(self) -> bool:
+        """Whether the class is there to be read, as far as the training prompts tell."""
+        return self.accuracy_train >= READABLE
 
 
 def at_last(model: LoadedModel, given: Prompts, sites: Sequence[Site]) -> dict[Site, Float[Tensor, "prompt ..."]]:
@@ -66,6 +75,21 @@ def ridge(x: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> Float[Tensor, " d"
     return centred.T @ torch.cholesky_solve((y - y.mean())[:, None], factor)[:, 0]
 
 
+def two_folds(x: Float[Tensor, "n d"], given: Prompts) -> float:
+    """Accuracy over two folds that share no deciding token; 0.5 if one of them has a single class."""
+    token = given.ids[torch.arange(len(given)), given.where]
+    order = {value: number for number, value in enumerate(token.unique().tolist())}
+    fold = torch.tensor([order[value] % 2 == 0 for value in token.tolist()])
+    right = 0.0
+    for held in (fold, ~fold):
+        seen = ~held
+        if any(len(given.label[part].unique()) < 2 for part in (held, seen)):
+            return 0.5
+        said = (x[held] - x[seen].mean(0)) @ ridge(x[seen], given.sign[seen])
+        right += float(((said > 0) == given.label[held]).sum())
+    return right / len(given)
+
+
 def probes(model: LoadedModel, train: Prompts, test: Prompts, layers: Sequence[int], seed: int) -> list[Probe]:
     """A probe for the stream after each layer."""
     sites = [Site(Part.RESID_POST, layer) for layer in layers]
@@ -86,6 +110,7 @@ def probes(model: LoadedModel, train: Prompts, test: Prompts, layers: Sequence[i
                 layer=layer,
                 direction=direction / direction.norm().clamp_min(1e-30),
                 accuracy=right(direction),
+                accuracy_train=two_folds(x[site], train),
                 accuracy_shuffled=sum(shuffled) / len(shuffled),
             )
         )

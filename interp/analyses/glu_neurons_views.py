@@ -58,7 +58,11 @@ def probe_table(found: Sequence[Probe]) -> pd.DataFrame:
     rows = [
         {"layer": probe.layer, "labels": label, "accuracy": value}
         for probe in found
-        for label, value in (("true", probe.accuracy), ("control: shuffled", probe.accuracy_shuffled))
+        for label, value in (
+            ("true", probe.accuracy),
+            ("true, training words held out", probe.accuracy_train),
+            ("control: shuffled", probe.accuracy_shuffled),
+        )
     ]
     return pd.DataFrame(rows)
 

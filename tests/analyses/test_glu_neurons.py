@@ -20,6 +20,7 @@ from interp.analyses.glu_neurons_probe import (
     probes,
     ridge,
     switched_off,
+    two_folds,
 )
 from interp.analyses.glu_neurons_scan import activation, geometry, mlp_layers, read_mlp, readings, scan, sharpness
 from interp.core.errors import InterpError
@@ -129,7 +130,10 @@ def test_neurons_along_the_probe_are_chosen_for_their_class() -> None:
     model = planted()
     mlps = [read_mlp(model, layer) for layer in (1, 2)]
 
-    both = [Probe(layer=layer, direction=E.double(), accuracy=1.0, accuracy_shuffled=0.5) for layer in (1, 2)]
+    both = [
+        Probe(layer=layer, direction=E.double(), accuracy=1.0, accuracy_train=1.0, accuracy_shuffled=0.5)
+        for layer in (1, 2)
+    ]
     chosen = choose(mlps, both, 4)
     found = {(item.layer, item.positive): set(item.neurons.tolist()) for item in chosen}
     assert found[2, True] == {0, 1, 2, 3}
@@ -152,6 +156,21 @@ def test_a_class_that_is_in_the_stream_is_read_and_shuffled_labels_are_not() -> 
     assert found[1].accuracy > 0.75
     assert all(0.4 < probe.accuracy_shuffled < 0.6 for probe in found)
     assert all(float(probe.direction.norm()) == pytest.approx(1) for probe in found)
+
+
+def test_words_seen_in_training_do_not_make_a_class_readable() -> None:
+    """Each word has a direction of its own and a random class: only other words tell that nothing is there."""
+    word = torch.arange(40).repeat_interleave(4)
+    label = (torch.randperm(40, generator=torch.Generator().manual_seed(1)) % 2 == 0)[word]
+    x = torch.eye(40, dtype=F64)[word] + 0.01 * draw(160, 40)
+    given = Prompts(ids=word[:, None], label=label, where=torch.zeros(160, dtype=torch.long), answers=(1, 2))
+    fitted = ((x - x.mean(0)) @ ridge(x, given.sign) > 0) == label
+    assert fitted.double().mean() == 1
+    assert two_folds(x, given) < 0.65
+    shared = torch.cat([x, given.sign[:, None]], dim=1)
+    assert two_folds(shared, given) == 1
+    one = replace(given, label=torch.ones(160, dtype=torch.bool))
+    assert two_folds(x, one) == 0.5
 
 
 def test_stand_ins_are_alike_others_and_not_twice() -> None:
