@@ -109,6 +109,8 @@ def run(model: LoadedModel, pairs: PromptPairs, cfg: DiscreteCircuitConfig) -> R
             f"circuit_share={cfg.circuit_share} must lie in 0..1, n_seeds={cfg.n_seeds} and "
             f"n_shuffles={cfg.n_shuffles} be at least 1"
         )
+    if model.hub.pending:  # patched runs walk the blocks by hand, where edits do not apply
+        raise InterpError("a capture or an edit of this model is open; run outside it")
     accuracy = check_accuracy(model, pairs, cfg.min_accuracy)
     names = head_names(model)
     some = pairs.take(range(min(cfg.n_patched, len(pairs))))
