@@ -35,6 +35,8 @@ from interp.tasks.base import PromptPairs
 from interp.tasks.metrics import Metric
 
 METHODS = ("eap", "clean-corrupt", "eap-ig", "eap-ig-activations", "exact")
+PART_NUMBERS = 1 << 24
+"""Parts by pair and position that are held at once, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +192,17 @@ def _add(totals: _Totals, streams: Streams, rows: slice, columns: slice, differe
     if totals.per_pair is None and totals.per_position is None:
         totals.values[rows, columns] += (difference.flatten(1) @ gradient.flatten(1).mT).cpu()
         return
-    parts = torch.einsum("ubtd,vbtd->btuv", difference, gradient).cpu()
-    totals.values[rows, columns] += parts.sum((0, 1))
-    if totals.per_pair is not None:
-        totals.per_pair[streams.pair_ids, rows, columns] += parts.sum(1)
-    if totals.per_position is not None:
-        totals.per_position[streams.parts.start :, rows, columns] += parts.sum(0)
+    right = gradient.flatten(1, 2).transpose(0, 1).mT
+    n = max(1, PART_NUMBERS // (right.shape[0] * right.shape[2]))
+    for i in range(0, len(difference), n):
+        some = slice(rows.start + i, min(rows.start + i + n, rows.stop))
+        left = difference[i : i + n].flatten(1, 2).transpose(0, 1)
+        parts = torch.bmm(left, right).unflatten(0, difference.shape[1:3])
+        totals.values[some, columns] += parts.sum((0, 1)).cpu()
+        if totals.per_pair is not None:
+            totals.per_pair[streams.pair_ids, some, columns] += parts.sum(1).cpu()
+        if totals.per_position is not None:
+            totals.per_position[streams.parts.start :, some, columns] += parts.sum(0).cpu()
 
 
 def _bytes_per_pair(model: LoadedModel, pairs: PromptPairs, graph: Graph) -> int:

@@ -152,21 +152,24 @@ class Differences:
     """Differences of all sources, kept if they fit and computed again each time if they do not."""
 
     def __init__(self, streams: Streams, budget: int) -> None:
-        self.streams, self.kept = streams, list[Tensor]()
-        if streams.difference_bytes <= budget:
-            self.kept = [streams.difference(layer) for layer in range(-1, streams.parts.n_layers)]
+        self.streams, self.kept = streams, None
+        if 2 * streams.difference_bytes <= budget:  # once more while they are put together
+            self.kept = torch.cat([streams.difference(layer) for layer in range(-1, streams.parts.n_layers)])
 
     def __call__(self, layer: int) -> Float[Tensor, "source pair pos d_model"]:
-        return self.kept[layer + 1] if self.kept else self.streams.difference(layer)
+        return self.streams.difference(layer) if self.kept is None else self.kept[self.streams.source_rows(layer)]
 
     def before(self, layer: int, *, mid: bool) -> Iterator[tuple[slice, Tensor]]:
         """Rows and differences of the sources that are written before the attention (`mid`: the MLP) of a layer."""
+        rows, n_heads = self.streams.source_rows(layer), self.streams.parts.n_heads
+        if self.kept is not None:
+            every = slice(0, rows.start + mid * n_heads)
+            yield every, self.kept[every]
+            return
         for earlier in range(-1, layer):
             yield self.streams.source_rows(earlier), self(earlier)
         if mid:
-            rows = self.streams.source_rows(layer)
-            n = self.streams.parts.n_heads
-            yield slice(rows.start, rows.start + n), self(layer)[:n]
+            yield slice(rows.start, rows.start + n_heads), self(layer)[:n_heads]
 
 
 def check_graph(streams: Streams, graph: Graph) -> None:
