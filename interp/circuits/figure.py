@@ -67,7 +67,7 @@ def _node(graph: Graph, name: str, place: str, role: str, edges: pd.DataFrame) -
         detail += [f"{word} {end} ({via}) {weight:+.3g}" for end, via, weight in listed]
         detail += [f"and {len(found) - 4} more {word}"] if len(found) > 4 else []
     label, row, row_label = _height(graph, name)
-    return name, f"{label} {role}" if role else label, row, row_label, place, "\n".join(detail)
+    return name, f"{label}\n{role}" if role else label, row, row_label, place, "\n".join(detail)
 
 
 def _height(graph: Graph, name: str) -> tuple[str, int, str]:

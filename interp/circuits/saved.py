@@ -33,6 +33,11 @@ def saved_circuit(run: Run) -> SavedCircuit:
     if result is None:
         methods = ", ".join(each.method for each in run.results)
         raise InterpError(f"this run holds {methods}, no circuit; make one with: interp circuit find")
+    return circuit_of(result)
+
+
+def circuit_of(result: Result) -> SavedCircuit:
+    """The circuit of a result of `circuit`, fresh or reloaded."""
     try:
         ends = result.tables["graph"]
         names = {end: ends.loc[ends["end"] == end, "name"].tolist() for end in ("source", "destination")}

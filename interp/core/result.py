@@ -19,7 +19,8 @@ from interp.core.manifest import Manifest
 
 PanelKind = Literal["heatmap", "line", "bar", "scatter", "graph"]
 NODE_COLUMNS = ("node", "label", "row", "row_label", "column", "detail")
-"""Of the table of a graph's nodes: name, text on it, height, name of that height, column it stands in, hover text."""
+"""Of the table of a graph's nodes: name, text on it (its later lines only where there is room), height, name of that
+height, column it stands in, hover text."""
 
 
 @dataclass(frozen=True, kw_only=True)

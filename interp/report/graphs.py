@@ -74,7 +74,7 @@ def _places(rows: list[Any], height: dict[Any, int]) -> tuple[list[Node], list[t
             shift = STAGGER[turn % len(STAGGER)] * width / len(members)
             for i, row in enumerate(members):
                 x = left + width * (i + 0.5) / len(members) + shift
-                nodes.append(Node(name=row["node"], label=visible(row["label"]), x=x, y=y, detail=str(row["detail"])))
+                nodes.append(Node(name=row["node"], label=str(row["label"]), x=x, y=y, detail=str(row["detail"])))
         left += width
         spans.append((visible(name), left))
     return nodes, spans
@@ -175,10 +175,20 @@ def _dots(drawing: Drawing) -> dict[str, Any]:
     }
 
 
-def _boxes(drawing: Drawing, size: int) -> list[dict[str, Any]]:
+def _boxes(drawing: Drawing, size: int, *, narrow: bool) -> list[dict[str, Any]]:
+    """What is seen of the nodes; a narrow window has room for the first line of their labels."""
     box = {"showarrow": False, "bgcolor": "#f3f4f6", "bordercolor": "#57606a", "borderpad": 2, "borderwidth": 1}
     font = {"size": size, "color": "#1f2328"}
-    return [box | {"x": node.x, "y": node.y, "text": safe(node.label), "font": font} for node in drawing.nodes]
+    return [
+        box | {"x": node.x, "y": node.y, "text": safe(one_line(node, first=narrow)), "font": font}
+        for node in drawing.nodes
+    ]
+
+
+def one_line(node: Node, *, first: bool = False) -> str:
+    """The label of a node in one line, or the first of its lines."""
+    lines = node.label.split("\n")
+    return lines[0] if first else " ".join(lines)
 
 
 def _layout(drawing: Drawing, *, narrow: bool) -> dict[str, Any]:
@@ -196,7 +206,7 @@ def _layout(drawing: Drawing, *, narrow: bool) -> dict[str, Any]:
         "hovermode": "closest",
         "showlegend": True,
         "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xref": "paper"},
-        "annotations": _boxes(drawing, 9 if narrow else 11),
+        "annotations": _boxes(drawing, 9 if narrow else 11, narrow=narrow),
         "shapes": [
             {"type": "line", "x0": end, "x1": end, "y0": 0, "y1": 1, "yref": "paper", "layer": "below",
              "line": {"color": "#c9ced4", "width": 1, "dash": "dot"}}
@@ -225,7 +235,7 @@ def draw_graph(drawing: Drawing, picture: Figure, place: Any) -> None:
         place.plot(xs, ys, color=color, lw=0.6 + 0.9 * width, alpha=0.35 + 0.13 * width, zorder=1)
     for node in drawing.nodes:
         box = {"boxstyle": "round,pad=0.25", "facecolor": "#f3f4f6", "edgecolor": "#57606a", "linewidth": 0.6}
-        place.text(node.x, node.y, node.label, ha="center", va="center", fontsize=7, bbox=box, zorder=2)
+        place.text(node.x, node.y, visible(one_line(node)), ha="center", va="center", fontsize=7, bbox=box, zorder=2)
     left, middles = 0.0, list[float]()
     for _, end in drawing.spans:
         middles.append((left + end) / 2)

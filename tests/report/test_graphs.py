@@ -12,7 +12,7 @@ from interp.core.result import Panel, Result
 from interp.core.run import Run, save_run
 from interp.report.graphs import MAX_EDGES, curve, prepare_graph
 from interp.report.html import write_report
-from interp.report.panels import figure, static_png, static_svg
+from interp.report.panels import figure, plot_spec, static_png, static_svg
 from tests.report.synthetic import steering
 
 PANEL = Panel(
@@ -22,7 +22,9 @@ PANEL = Panel(
 
 
 def nodes(*rows: tuple[str, int, str]) -> pd.DataFrame:
-    made = [(name, f"<b>{name}</b>", row, f"layer {row}", column, f"detail of {name}") for name, row, column in rows]
+    made = [
+        (name, f"<b>{name}</b>\nrole", row, f"layer {row}", column, f"detail of {name}") for name, row, column in rows
+    ]
     return pd.DataFrame(made, columns=["node", "label", "row", "row_label", "column", "detail"])
 
 
@@ -67,7 +69,9 @@ def test_a_curve_joins_its_nodes() -> None:
 
 def test_hostile_names_are_shown_as_written() -> None:
     drawn = figure(PANEL, graph_result())
-    assert {box.text for box in drawn.layout.annotations} >= {"&lt;b&gt;a&lt;/b&gt;"}
+    assert "&lt;b&gt;a&lt;/b&gt; role" in {box.text for box in drawn.layout.annotations}
+    narrow = plot_spec(prepare_graph(PANEL, graph_result()))["narrow"]
+    assert "&lt;b&gt;a&lt;/b&gt;" in {box["text"] for box in narrow["annotations"]}, "without its role"
 
 
 def test_it_is_a_still_picture_too() -> None:
@@ -112,10 +116,10 @@ def test_a_browser_draws_it_and_says_what_a_node_is(tmp_path: Path, browser_path
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(page_file.as_uri())
-        page.wait_for_function("document.documentElement.dataset.drawn")
+        page.wait_for_selector("html[data-drawn]", state="attached")
         place = page.evaluate(WHERE)
         page.mouse.move(*place)
-        page.wait_for_function("document.querySelector('.hoverlayer').textContent.includes('detail of d')")
+        page.locator(".hoverlayer", has_text="detail of d").first.wait_for(state="attached")
         wide = page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
         browser.close()
     assert errors == []
