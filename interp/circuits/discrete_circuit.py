@@ -196,7 +196,7 @@ def _null_table(table: pd.DataFrame, null: Tensor) -> pd.DataFrame:
 def example(model: LoadedModel) -> tuple[PromptPairs, DiscreteCircuitConfig]:
     """Random tokens, which no model gets right: the refusal is off."""
     cfg = DiscreteCircuitConfig(
-        n_pairs=12, n_patched=3, circuit_share=0.25, d_dict=24, n_seeds=2, n_shuffles=9, min_accuracy=0.0
+        n_pairs=12, n_patched=3, circuit_share=0.25, d_dict=12, n_prompts=24, n_seeds=2, n_shuffles=9, min_accuracy=0.0
     )
     return random_pairs(model, n=12), cfg
 
