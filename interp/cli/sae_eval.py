@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from interp.cli import console, options
+from interp.cli import console, options, sae_hints
 from interp.cli.run import controls_json, new_folder, print_results
 from interp.core.errors import InterpError
 
@@ -56,6 +56,7 @@ def evaluate(
     seed: Seed = 0,
     siblings: Siblings = None,
     format_: Format = None,
+    unchecked: sae_hints.Unchecked = False,
     out: options.Out = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
@@ -79,6 +80,7 @@ def evaluate(
     with console.progress() as progress:
         with progress.step(f"opening {whose}"):
             opened = options.open_model(whose, device, dtype)
+        doubt += tuple(sae_hints.checked(saved, opened, site, None, use=unchecked))
         placed = [one.to(opened.device) for one in (saved.dictionary, *others)]
         result = judge(opened, placed[0], cfg, siblings=placed[1:], data={"dictionary": path.as_posix()})
         result = replace(result, notes=(*result.notes, *doubt))

@@ -11,6 +11,8 @@ from interp.core.errors import InterpError, unknown
 
 if TYPE_CHECKING:
     from interp.dictionaries.formats.plain import Hints
+    from interp.dictionaries.saved import SavedDictionary
+    from interp.models.model import LoadedModel
 
 PANEL = "What the files do not say"
 TURNED = {"none": (False, False), "encoder": (True, False), "decoder": (False, True), "both": (True, True)}
@@ -53,6 +55,26 @@ Turned = Annotated[
         "--turned", help="Bare square files: none, encoder, decoder or both lie transposed.", rich_help_panel=PANEL
     ),
 ]
+
+
+Unchecked = Annotated[
+    bool, typer.Option("--unchecked", help="Use it although `interp sae health` would refuse it on this model.")
+]
+
+
+def checked(
+    saved: SavedDictionary, model: LoadedModel, site: str | None, target: str | None, *, use: bool
+) -> list[str]:
+    """What `interp sae health` warns of. Raises InterpError where it refuses the dictionary, unless `use`."""
+    from interp.dictionaries.health import check
+
+    if model.tokenizer is None:
+        return []
+    findings = check(saved, model, site=site, target=target).findings
+    refused = [finding.message for finding in findings if finding.severity == "refuse"]
+    if refused and not use:
+        raise InterpError(f"{'; '.join(refused)} (see interp sae health; --unchecked goes on all the same)")
+    return [finding.message for finding in findings if finding.severity != "note"]
 
 
 def hints(

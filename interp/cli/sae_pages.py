@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from interp.cli import console, options
+from interp.cli import console, options, sae_hints
 from interp.core.errors import InterpError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def pages(
     seed: Seed = 0,
     neuronpedia: Neuronpedia = None,
     format_: Format = None,
+    unchecked: sae_hints.Unchecked = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     as_json: options.Json = False,
@@ -93,6 +94,7 @@ def pages(
     with console.progress() as progress:
         with progress.step(f"opening {whose}"):
             opened = options.open_model(whose, device, dtype)
+        doubts = sae_hints.checked(saved, opened, site, target_site, use=unchecked)
         record = load_corpus(opened, corpus, -(-tokens // length), length, skip)
         with Pages(
             opened, saved.dictionary.to(opened.device), RecordBatches(record, rows_per_forward), where, cfg,
@@ -104,13 +106,13 @@ def pages(
     if as_json:
         facts = {name: getattr(overview, name) for name in ("n_shown", "n_live", "n_rare", "n_dead", "n_counted")}
         batches = neuronpedia.as_posix() if neuronpedia else None
-        console.emit_json({"pages": index.as_posix(), "bytes": size, "neuronpedia": batches, **facts})
+        console.emit_json({"pages": index.as_posix(), "bytes": size, "neuronpedia": batches, "doubts": doubts, **facts})
         return
     console.line(
         f"{overview.n_shown} of {overview.d_dict} latents shown ({overview.chosen}); left out: {overview.n_dead} dead, "
         f"{overview.n_rare} too rare"
     )
-    for note in filter(None, (overview.lens_warning, *overview.notes)):
+    for note in filter(None, (*doubts, overview.lens_warning, *overview.notes)):
         console.line(f"note: {note}")
     console.line(f"pages  {index.as_posix()} ({size / 1e6:.1f} MB)", "bold")
 

@@ -103,7 +103,8 @@ def check(
     target: str | None = None,
     text: HealthText | None = None,
 ) -> Health:
-    """Measure a dictionary on a model. By default on the certificate's text, at the site that the files name.
+    """Measure a dictionary on a model. By default at the site that the files name, and on the certificate's text, or
+    on the default one where that cannot be read here.
 
     Raises InterpError where no site is known, or several side by side.
     """
@@ -115,6 +116,8 @@ def check(
         place = place_of(model, *wanted)
     except SiteError as error:
         return _refused("wrong-model", f"{model.source} has no {wanted[0]}: {error}")
+    if record is None and text is None:
+        record, asked = _own_text(model, asked)
     record = read_text(model, text or asked) if record is None else record
     drop_norm = (text or asked).drop_norm
     data = sample(model, record, [place], drop_norm)[place]
@@ -260,6 +263,15 @@ def _elsewhere(
         text = f"it fits {other} better" + (", one layer off" if code == "wrong-layer" else "")
         found.append(_reading(dictionary, x, y, code, text))
     return found
+
+
+def _own_text(model: LoadedModel, asked: HealthText) -> tuple[TokenRecord, HealthText]:
+    """The certificate's text, unless it is a file that is not here, or too short for this tokenizer."""
+    try:
+        return read_text(model, asked), asked
+    except InterpError:
+        asked = HealthText(drop_norm=asked.drop_norm)
+        return read_text(model, asked), asked
 
 
 def _refused(code: str, message: str) -> Health:

@@ -25,9 +25,9 @@ def app() -> typer.Typer:
     return made
 
 
-def saved(folder: Path, **about: str) -> Path:
+def saved(folder: Path, certificate: dict[str, float] | None = None, **about: str) -> Path:
     sae = SparseDictionary.random(32, 64, TopK(4), seed=0)
-    return save(SavedDictionary(dictionary=sae, about=about), folder)
+    return save(SavedDictionary(dictionary=sae, about=about, certificate=certificate), folder)
 
 
 @pytest.mark.slow
@@ -45,6 +45,13 @@ def test_a_saved_dictionary_is_judged_and_the_run_kept(app: typer.Typer, tmp_pat
     assert (out / "report.html").is_file()
     scores = kept.tables["scores"]
     assert {"judged", "PCA", "random", "retrained", "shuffled", "random model"} <= set(scores["dictionary"])
+
+
+def test_a_dictionary_that_does_not_fit_the_model_is_refused(app: typer.Typer, tmp_path: Path) -> None:
+    path = saved(tmp_path / "sae", {"fvu": 0.1, "l0": 4.0}, model="tiny-llama", site="resid_post.1")
+    with pytest.raises(InterpError, match="--unchecked goes on"):
+        CliRunner().invoke(app, [str(path), "--out", str(tmp_path / "run")], catch_exceptions=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_file_does_not_say_is_asked_for(app: typer.Typer, tmp_path: Path) -> None:

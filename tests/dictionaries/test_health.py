@@ -326,3 +326,12 @@ def test_several_sites_side_by_side_are_refused_by_that_name(made):
     about = made.saved.about | {"site": ["resid_post.0", "resid_post.1"]}
     with pytest.raises(InterpError, match="several sites side by side"):
         check(replace(made.saved, about=about), made.model)
+
+
+def test_where_the_text_of_the_certificate_is_not_here_another_is_taken(made):
+    """A certificate may name a file of another machine."""
+    text = {**made.saved.certificate["text"], "corpus": "file:/nowhere/there.txt"}
+    found = check(replace(made.saved, certificate={**made.saved.certificate, "text": text}), made.model)
+    assert found.healthy and found.measured["n_tokens"] > 1000
+    with pytest.raises(InterpError):  # asked for by name it has to be there
+        check(made.saved, made.model, text=HealthText(corpus="file:/nowhere/there.txt"))

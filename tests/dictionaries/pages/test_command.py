@@ -27,9 +27,9 @@ def run() -> object:
     return call
 
 
-def saved(folder: Path, **about: str) -> Path:
+def saved(folder: Path, certificate: dict[str, float] | None = None, **about: str) -> Path:
     made = SparseDictionary.random(32, 64, TopK(4), seed=0).requires_grad_(False)
-    return save(SavedDictionary(dictionary=made, about=about), folder)
+    return save(SavedDictionary(dictionary=made, about=about, certificate=certificate), folder)
 
 
 def test_what_latents_are_wanted() -> None:
@@ -55,6 +55,7 @@ def test_a_saved_dictionary_becomes_pages(run, tmp_path: Path, capsys: pytest.Ca
         "--json",
     )
     facts = json.loads(capsys.readouterr().out)
+    assert any("PCA with 4 components" in doubt for doubt in facts["doubts"]), "it was never trained"
     assert facts["n_shown"] == 5
     index = tmp_path / "dict-pages" / "index.html"
     assert Path(facts["pages"]) == index
@@ -79,3 +80,10 @@ def test_a_folder_of_something_else_is_refused_before_the_work(run, tmp_path: Pa
     path = saved(tmp_path / "dict", model="no-such-model", site="resid_post.1")
     with pytest.raises(ArtefactError, match="holds no feature pages"):
         run(path, "--out", path)
+
+
+def test_a_dictionary_that_does_not_fit_is_refused_with_nothing_written(run, tmp_path: Path) -> None:
+    path = saved(tmp_path / "dict", {"fvu": 0.1, "l0": 4.0}, model="tiny-llama", site="resid_post.1")
+    with pytest.raises(InterpError, match=r"FVU is .* --unchecked goes on all the same"):
+        run(path, "--tokens", 600)
+    assert [item.name for item in tmp_path.iterdir()] == ["dict"]
