@@ -19,7 +19,10 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
+import torch
+
 from interp.analyses import subspace_views as views
+from interp.analyses.subspace_boundless import learn_boundless
 from interp.analyses.subspace_das import Learnt, cosines, learn, random_labels
 from interp.analyses.subspace_illusion import (
     FULL,
@@ -64,7 +67,7 @@ class SubspaceConfig:
     n_test: int = 48
     """Pairs to measure on, with other words."""
     k: int = 1
-    """Directions."""
+    """Directions; 0 learns how many as well (boundless), which takes a few hundred steps."""
     n_steps: int = 30
     """Steps of Adam, 16 pairs each."""
     lr: float = 0.02
@@ -127,10 +130,19 @@ def run(model: LoadedModel, data: SubspaceData, cfg: SubspaceConfig) -> Result:
     )
 
 
-def _learn(reader: SiteReader, sides: Sides, cfg: SubspaceConfig, *, seed: int | None = None) -> Learnt:
-    return learn(
-        reader, sides, k=cfg.k, n_steps=cfg.n_steps, lr=cfg.lr, seed=cfg.seed if seed is None else seed
-    )  # fmt: skip
+def _learn(
+    reader: SiteReader, sides: Sides, cfg: SubspaceConfig, *, seed: int | None = None, mixed: bool = False
+) -> Learnt:
+    """The search that the config names. mixed: with random labels."""
+    flipped = random_labels(len(sides), cfg.seed) if mixed else torch.zeros(len(sides), dtype=torch.bool)
+    label = "random labels" if mixed else "das"
+    seed = cfg.seed if seed is None else seed
+    if cfg.k:
+        return learn(
+            reader, sides, k=cfg.k, n_steps=cfg.n_steps, lr=cfg.lr, seed=seed, flipped=flipped, label=label
+        )  # fmt: skip
+    sign = 1 - 2 * flipped.double()
+    return learn_boundless(reader, sides, n_steps=cfg.n_steps, lr=cfg.lr, seed=seed, sign=sign, label=label)
 
 
 def _rivals(
@@ -144,11 +156,7 @@ def _rivals(
         return patched(test, interchange(sides["test"], basis, basis), name)
 
     again = _learn(train, sides["train"], cfg, seed=cfg.seed + 1)
-    flipped = random_labels(len(sides["train"]), cfg.seed)
-    mixed = learn(
-        train, sides["train"], k=cfg.k, n_steps=cfg.n_steps, lr=cfg.lr, seed=cfg.seed, flipped=flipped,
-        label="random labels",
-    )  # fmt: skip
+    mixed = _learn(train, sides["train"], cfg, mixed=True)
     return views.Learned(
         own=own,
         again=measured(again.basis, views.SEED),
@@ -186,6 +194,7 @@ def _headline(
     parts = found.split
     return {
         "site": str(site),
+        "k": len(learned.own.basis),
         "trusted": judged.trusted,
         "reason": judged.reason,
         "accuracy_base": accuracy,

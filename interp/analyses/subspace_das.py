@@ -80,6 +80,6 @@ def random_labels(n: int, seed: int) -> Bool[Tensor, " row"]:
     return flipped
 
 
-def cosines(a: Float[Tensor, "k D"], b: Float[Tensor, "k D"]) -> float:
+def cosines(a: Float[Tensor, "k D"], b: Float[Tensor, "other D"]) -> float:
     """Largest cosine between two subspaces (of their directions, if k = 1, without sign)."""
     return float(torch.linalg.svdvals(a.double() @ b.double().T)[0])

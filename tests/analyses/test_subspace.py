@@ -8,6 +8,7 @@ import torch
 from interp.analyses import subspace_illusion as illusion
 from interp.analyses.subspace import SPEC, SubspaceConfig, example, run
 from interp.analyses.subspace import load as load_data
+from interp.analyses.subspace_boundless import learn_boundless, mask, temperature
 from interp.analyses.subspace_das import cosines, learn, random_labels
 from interp.analyses.subspace_illusion import examine, patched, verdict
 from interp.analyses.subspace_inputs import ORDERS, position_draft, random_data, shared_answers
@@ -236,6 +237,50 @@ def test_the_learnt_rows_are_orthonormal_and_all_directions_are_the_whole_compon
     for wrong in ({"k": 0}, {"k": 65}, {"n_steps": 0}, {"lr": 0.0}):
         with pytest.raises(InterpError):
             learn(mlp, mlp.sides, **{"k": 1, "n_steps": 1, "lr": 0.1, "seed": 0} | wrong)
+
+
+class Bits:
+    """Three signs in three directions, all of which have to be taken over: y = mean of tanh(2 a . q_i) c_i."""
+
+    def __init__(self, n: int = 48, width: int = 24) -> None:
+        self.q, self.signs = unit(gaussian(3, width, seed=4)), gaussian(n, 3, seed=8).sign()
+        parts = [gaussian(n, width, seed=seed) for seed in (5, 6)]
+        rest = [part - part @ self.q.T @ self.q for part in parts]
+        base, source = rest[0] + self.signs @ self.q, rest[1] - self.signs @ self.q
+        self.sides = Sides(base=base, source=source, label=torch.arange(n) % 2 == 0)
+
+    def __call__(self, acts: torch.Tensor, rows: torch.Tensor) -> Outcome:
+        y = 5 * (torch.tanh(2 * acts @ self.q.T) * self.signs[rows]).mean(1)
+        return Outcome(logit_diff=y, hit=(y < 0).double())
+
+
+def test_the_boundary_comes_to_rest_at_the_number_of_directions() -> None:
+    bits = Bits()
+    found = learn_boundless(bits, bits.sides, n_steps=300, lr=0.02, seed=0, sign=torch.ones(48))
+    assert len(found.basis) == 3
+    assert torch.linalg.svdvals(bits.q @ found.basis.T).min() > 0.95
+    moved = patched(bits, interchange(bits.sides, found.basis, found.basis), "").logit_diff
+    assert float(moved.mean()) < -4.5
+    two = learn(bits, bits.sides, k=2, n_steps=300, lr=0.02, seed=0).basis
+    assert float(patched(bits, interchange(bits.sides, two, two), "").logit_diff.mean()) > -3
+
+
+def test_the_mask_is_soft_at_first_and_ends_at_the_boundary() -> None:
+    half = torch.tensor(0.5, dtype=F64)
+    assert mask(half, 10, temperature(0, 9)).tolist() == pytest.approx([0.5] * 10, abs=0.03)
+    assert mask(half, 10, temperature(8, 9)).tolist() == pytest.approx([1.0] * 5 + [0.0] * 5, abs=0.01)
+
+
+def test_boundless_through_the_method() -> None:
+    model = tiny_model("llama")
+    data, cfg = example(model)
+    result = run(model, data, replace(cfg, k=0))
+    basis = result.tensors["basis"].values
+    assert len(basis) == result.headline["k"] > 1
+    assert torch.allclose(basis @ basis.T, torch.eye(len(basis)), atol=1e-5)
+    assert abs(result.headline["effect_null"]) < 1e-3
+    with pytest.raises(InterpError, match="n_steps"):
+        run(model, data, replace(cfg, k=0, n_steps=0))
 
 
 # The algebra ----------------------------------------------------------------------------------------------------------
