@@ -182,7 +182,16 @@ class SparseDictionary(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> SparseDictionary:
-        """The same latents and reconstructions with both scales 1; new tensors, this one is left as it is."""
+        """The same latents and reconstructions with both scales 1; new tensors, this one is left as it is.
+
+        Raises InterpError for a top_afa whose two scales are not one number: it compares norms of input and output.
+        """
+        same = self.scale_in.numel() == 1 and torch.equal(self.scale_in, self.scale_out)
+        if self.activation.kind == "top_afa" and not same:
+            raise InterpError(
+                "top_afa compares the norms of input and output, so unequal scales cannot be folded into its weights; "
+                "use the format 'interp'"
+            )
         made = self.like()
         made.W_enc.copy_(self.W_enc * self.scale_in.reshape(-1, 1))
         made.W_dec.copy_(self.W_dec / self.scale_out)

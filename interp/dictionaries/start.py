@@ -51,6 +51,10 @@ def initial(
         raise InterpError(f"{len(sample)} inputs and {len(targets)} targets; they must be the same tokens")
     if targets is None and cfg.skip:
         raise InterpError("a skip path from the input to itself would learn the identity; skip is for transcoders")
+    if targets is not None and cfg.kind == "top_afa":
+        raise InterpError(
+            "top_afa compares the norms of code and input, which a transcoder has in two spaces; use topk"
+        )
     y, scale_out = (sample, scale_in) if targets is None else (targets, _scale(targets, ()))
     activation = make_activation(cfg)
     if targets is None:

@@ -126,6 +126,23 @@ def test_top_afa_picks_the_k_whose_code_norm_meets_the_input_norm():
         torch.testing.assert_close(codes[row].detach(), expected)
 
 
+def test_top_afa_is_not_folded_where_that_would_change_which_latents_fire():
+    """It compares |f| with |u|: one scale for both leaves the comparison as it is, two scales do not."""
+    x = noise(40, 6)
+    sae = SparseDictionary.random(6, 12, TopAFA(), seed=0, dtype=torch.float64)
+    sae.scale_in = sae.scale_out = torch.tensor(3.0, dtype=torch.float64)
+    torch.testing.assert_close(sae.folded()(x), sae(x))
+    for scale_in, scale_out in (
+        (torch.tensor(3.0), torch.tensor(0.5)),
+        (torch.tensor([1.0, 1, 1, 4, 4, 4]), torch.tensor([1.0, 1, 1, 4, 4, 4])),
+    ):
+        sae.scale_in, sae.scale_out = scale_in.double(), scale_out.double()
+        with pytest.raises(InterpError, match="norms of input and output"):
+            sae.folded()
+    with pytest.raises(InterpError, match="in two spaces"):
+        initial(x.float(), TrainConfig(kind="top_afa", d_dict=12, k=4), targets=x.float())
+
+
 def test_top_afa_on_an_orthonormal_dictionary_keeps_exactly_the_active():
     sae = SparseDictionary(6, 6, TopAFA(), dtype=torch.float64)
     with torch.no_grad():

@@ -75,11 +75,6 @@ def take_apart(dictionary: SparseDictionary, *, subtract: bool | None = None) ->
     """
     moves = subtract is False and dictionary.subtract_b_dec
     scaled = bool((dictionary.scale_in != 1).any() | (dictionary.scale_out != 1).any())
-    if dictionary.activation.kind == "top_afa" and not torch.equal(dictionary.scale_in, dictionary.scale_out):
-        raise InterpError(
-            "top_afa compares the norms of input and output, so unequal scales cannot be folded into its weights; "
-            "use the format 'interp'"
-        )
     if (scaled or moves) and not_half(dictionary.W_dec.dtype) != dictionary.W_dec.dtype:
         dictionary = dictionary.like().float()
     plain = dictionary.folded()
