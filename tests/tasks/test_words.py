@@ -267,3 +267,10 @@ def test_word_lists_hold_what_they_should() -> None:
         assert len({subject for subject, _ in known}) == len(known)
     train, test = (tasks.held_out(range(9), split) for split in tasks.SPLITS)
     assert (train, test) == ((0, 1, 3, 4, 6, 7), (2, 5, 8))
+
+
+@pytest.mark.parametrize("n_tokens", [10, 100])
+def test_greater_than_has_the_gradient_of_its_value(n_tokens: int) -> None:
+    own = GreaterThan(years=torch.tensor([34, 7]), tokens=torch.arange(n_tokens))
+    logits = torch.randn(2, own.n_last, n_tokens + 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: own(x, torch.tensor([1, 0])), (logits,))
