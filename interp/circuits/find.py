@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from interp.circuits import find_checks as checks
 from interp.circuits import find_steps as steps
 from interp.circuits import find_views as views
 from interp.circuits.faithfulness import choose
@@ -139,18 +140,19 @@ def run(model: LoadedModel, data: CircuitData, cfg: CircuitConfig) -> Result:
     placed, order = columns(work.pairs, places)
     found = views.Found(
         work=work, data_name=data.name, accuracy=data.accuracy, scores=scores, circuit=circuit, own=own, held=held,
-        curves=curves, nulls=nulls, effects=effects, complete=steps.completed(work, circuit),
-        worth=steps.minimal(work, circuit), stability=steps.stable(work, scores), bands=steps.bands(work, scores),
+        curves=curves, nulls=nulls, effects=effects, tail=steps.tail(work, circuit),
+        complete=steps.completed(work, circuit), worth=steps.minimal(work, circuit),
+        stability=steps.stable(work, scores), bands=steps.bands(work, scores),
         places=placed, columns=order, roles=looks_at(model, work.pairs, places),
     )  # fmt: skip
     return Result(
         headline=views.headline(found, time.perf_counter() - began),
         tables=views.tables(found),
         panels=views.panels(found),
-        controls=views.controls(found),
+        controls=checks.controls(found),
         manifest=_manifest(model, data, cfg, time.perf_counter() - began),
         tensors=views.tensors(found),
-        notes=(*data.pairs.notes, *views.notes(found)),
+        notes=(*data.pairs.notes, *checks.notes(found)),
     )
 
 

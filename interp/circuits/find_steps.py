@@ -20,6 +20,7 @@ from interp.circuits.exact import exact_effects
 from interp.circuits.faithfulness import SHARES, choose, completeness, curve, minimality, size_of
 from interp.circuits.graph import Circuit, EdgeScores, Graph
 from interp.core.progress import listening, track
+from interp.core.seed import torch_generator
 from interp.core.stages import Clock, Stages, joined
 from interp.models.model import LoadedModel
 from interp.tasks.base import PromptPairs
@@ -35,6 +36,8 @@ N_FEW = 8
 """Pairs on which what costs much is measured: bands, minimality."""
 N_EVIDENCE = 4
 """Pairs on which the effect of every edge is measured."""
+N_TAIL = 64
+"""Random edges outside the circuit whose effect is measured."""
 SMALL = 5000
 """Edges of a graph that counts as small."""
 ACDC_START = 4
@@ -222,6 +225,20 @@ def evidence(work: Work, circuit: Circuit, scores: EdgeScores) -> Float[Tensor, 
         for name, value in zip(names, work.stages.get(f"evidence-{first}", make)["mean"].tolist(), strict=True):
             effects[work.graph.edge(name)] = value
     return effects
+
+
+def tail(work: Work, circuit: Circuit) -> Float[Tensor, " edge"]:
+    """Measured effects of random edges that are not in the circuit: what the scores may have missed."""
+    where = circuit.complement().edges.nonzero()
+    drawn = torch.randperm(len(where), generator=torch_generator(work.seed, "tail"))[:N_TAIL]
+    names = [work.graph.name(row, column) for row, column in where[drawn.sort().values].tolist()]
+    pairs = work.pairs.take(range(n_evidence(work)))
+    metric = work.metric.take(range(len(pairs)))
+    if not names:
+        return torch.zeros(0)
+    return if_time(
+        work, "tail", lambda: {"mean": exact_effects(work.model, pairs, work.graph, metric, names).mean}
+    ).get("mean", torch.zeros(0))
 
 
 def if_time(work: Work, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

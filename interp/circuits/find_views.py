@@ -12,27 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.controls import STABLE, draw_controls
+from interp.circuits.calibration import upper_share
 from interp.circuits.export import edge_table
 from interp.circuits.faithfulness import MINIMAL, SHARES
 from interp.circuits.figure import graph_panel, graph_tables
-from interp.circuits.find_steps import N_FEW, N_NULL, Measured, Work, n_evidence
+from interp.circuits.find_steps import N_FEW, N_NULL, Measured, Work
 from interp.circuits.graph import Circuit, EdgeScores
 from interp.core.controls import bootstrap_interval, rank_test
-from interp.core.result import Control, LabelledTensor, Panel
-from interp.core.seed import numpy_generator
+from interp.core.result import LabelledTensor, Panel
 from interp.tasks.library import Accuracy
-
-LEVELS = {"random": 0.01, "degree-matched": 0.05, "held-out": 0.05}
-"""p at which a control counts as held: the same parts wired differently are a near neighbour, not chance."""
-LEVEL = 0.01
-IDENTITY = 1e-3
-N_SHUFFLES = 999
-WORDS = {
-    "random": "{n} random circuits of {size} edges",
-    "degree-matched": "{n} circuits of the same parts and degrees, wired differently",
-    "held-out": "prompts of other words: {n} circuits of the same degrees there",
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +37,7 @@ class Found:
     curves: Mapping[str, Tensor]
     nulls: Mapping[str, Float[Tensor, " draw"]]
     effects: Float[Tensor, "source destination"]
+    tail: Float[Tensor, " edge"]
     complete: Mapping[str, Tensor]
     worth: Mapping[str, float]
     stability: float | None
@@ -69,6 +58,17 @@ class Found:
         """Score and measured effect of the edges that were measured."""
         there = self.circuit.edges & self.effects.isfinite()
         return self.scores.values[there].double().numpy(), self.effects[there].double().numpy()
+
+    @property
+    def missed(self) -> tuple[int, float] | None:
+        """Of the random edges outside, how many move the metric as much as the lightest edge inside is said to; and
+        with 95 % confidence the largest share of such edges.
+        """
+        if not len(self.tail):
+            return None
+        least = float(self.scores.values[self.circuit.edges].abs().min())
+        n = int((self.tail.abs() >= least).sum())
+        return n, upper_share(n, len(self.tail))
 
     @property
     def agreement(self) -> float | None:
@@ -99,6 +99,7 @@ def headline(found: Found, seconds: float) -> dict[str, Any]:
         "n_nodes_needed": sum(worth >= MINIMAL for worth in found.worth.values()) if found.worth else None,
         "stability": found.stability,
         "score_against_effect": found.agreement,
+        "share_of_edges_missed_at_most": found.missed[1] if found.missed else None,
         "top_edges": [f"{name} {value:+.3g}" for name, value in top(found, 8)],
         "seconds": seconds,
     }
@@ -203,55 +204,6 @@ def panels(found: Found) -> tuple[Panel, ...]:
     return tuple(made)
 
 
-def controls(found: Found) -> tuple[Control, ...]:
-    """What could have refuted the circuit."""
-    made = [
-        Control(
-            name="all edges give the clean run, none the corrupted one",
-            statistic="largest difference of the metric, share of the gap; the control is what rounding may do",
-            observed=found.own.error, control=IDENTITY, passed=found.own.error <= IDENTITY,
-        )
-    ]  # fmt: skip
-    for kind, null in found.nulls.items():
-        observed, p = found.held if kind == "held-out" else found.own, found.p(kind)
-        if observed is None or p is None:
-            continue
-        made.append(
-            Control(
-                name=WORDS[kind].format(n=len(null), size=found.circuit.size),
-                statistic=f"faithfulness; the control is the 95th percentile; passes at p <= {LEVELS[kind]:g}",
-                observed=observed.f_of_first(N_NULL), control=float(np.quantile(null.double().numpy(), 0.95)),
-                p_value=p, passed=p <= LEVELS[kind],
-            )
-        )  # fmt: skip
-    if (shuffled := _shuffled(found)) is not None:
-        made.append(shuffled)
-    if found.stability is not None:
-        made.append(
-            Control(
-                name="resampled prompts",
-                statistic=f"mean Jaccard overlap of the circuits; passes from {STABLE:g}, a bar the field proposed",
-                observed=found.stability, control=STABLE, passed=found.stability >= STABLE,
-            )
-        )  # fmt: skip
-    return tuple(made)
-
-
-def _shuffled(found: Found) -> Control | None:
-    """Do scores say which edges matter more, within the circuit?"""
-    if (observed := found.agreement) is None:
-        return None
-    a, b = found.evidence
-    generator = numpy_generator(found.work.seed, "shuffled effects")
-    null = np.array([np.corrcoef(a, generator.permutation(b))[0, 1] for _ in range(N_SHUFFLES)])
-    p = rank_test(observed, null)
-    return Control(
-        name=f"measured effects of {len(a)} edges, shuffled",
-        statistic="correlation of score and effect; the control is the 95th percentile; passes at p <= 0.01",
-        observed=observed, control=float(np.quantile(null, 0.95)), p_value=p, passed=p <= LEVEL,
-    )  # fmt: skip
-
-
 def tensors(found: Found) -> dict[str, LabelledTensor]:
     """Scores of all edges and the circuit itself, from which it can be run again."""
     axes = ("source", "destination")
@@ -259,30 +211,3 @@ def tensors(found: Found) -> dict[str, LabelledTensor]:
         "scores": LabelledTensor(values=found.scores.values.float(), axes=axes, unit=found.work.metric.name),
         "circuit": LabelledTensor(values=found.circuit.edges.to(torch.uint8), axes=axes),
     }
-
-
-def notes(found: Found) -> tuple[str, ...]:
-    """What to doubt."""
-    made = [f"effects of single edges are measured on {n_evidence(found.work)} pairs"]
-    same = [each.edges for each in draw_controls("degree-matched", found.circuit, 5, found.work.seed)]
-    kept = float(np.mean([float((edges & found.circuit.edges).sum()) for edges in same])) / found.circuit.size
-    if kept > 0.5:
-        made.append(
-            f"circuits of the same degrees share {kept:.0%} of the edges with this one: that control asks whether the "
-            "wiring matters once the parts are known, not whether chance would find them"
-        )
-    f = found.own.per_pair[found.own.per_pair.isfinite()]
-    if len(f) > 1:
-        quarter, three = np.quantile(f.double().numpy(), (0.25, 0.75))
-        made.append(f"faithfulness of single pairs: a quarter below {quarter:.2f}, a quarter above {three:.2f}")
-    few = [kind for kind, null in found.nulls.items() if len(null) < found.work.n_random]
-    if few:
-        made.append(f"the time was up: fewer control circuits than asked for ({', '.join(few)})")
-    n_there = len(found.evidence[0])
-    if n_there < found.circuit.size:
-        made.append(f"the time was up: effects of {n_there} of {found.circuit.size} edges were measured")
-    if not found.worth or not found.complete:
-        made.append("the time was up: completeness or minimality was not measured")
-    if found.work.n_random < 99:
-        made.append(f"{found.work.n_random} control circuits cannot give p below {1 / (1 + found.work.n_random):.2g}")
-    return tuple(made)

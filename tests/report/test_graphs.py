@@ -112,11 +112,12 @@ def test_a_browser_draws_it_and_says_what_a_node_is(tmp_path: Path, browser_path
     page_file = write_report(tmp_path / "run")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
+        page = browser.new_page(viewport={"width": width, "height": 1200})
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(page_file.as_uri())
         page.wait_for_selector("html[data-drawn]", state="attached")
+        page.locator(".plot").first.scroll_into_view_if_needed()
         place = page.evaluate(WHERE)
         page.mouse.move(*place)
         page.locator(".hoverlayer", has_text="detail of d").first.wait_for(state="attached")
