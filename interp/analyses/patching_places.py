@@ -72,6 +72,8 @@ class Grid:
     """Whether the indices count heads or other units, not positions."""
     noun: str
     """What an index is: `head`, `position`, ..."""
+    spot: str = ""
+    """Where all the indices are, if at one place: `@END`."""
 
     @cached_property
     def places(self) -> tuple[tuple[Place, ...], ...]:
@@ -97,7 +99,7 @@ class Grid:
 
     def cell(self, layer: int, index: int) -> str:
         """A cell as a reader knows it; `layer` counts the grid's own."""
-        name = f"{self.part}.{self.layers[layer]}" + (f"~{self.window}" if self.window > 1 else "")
+        name = f"{self.part}.{self.layers[layer]}{self.spot}" + (f"~{self.window}" if self.window > 1 else "")
         return f"{name} {self.noun} {self.labels[index]}".strip()
 
 
@@ -134,19 +136,19 @@ def make_grid(model: LoadedModel, pairs: PromptPairs, text: str) -> Grid:
     units = _units(text, unit, size, names[0] if names else "unit")
     each_unit = unit != "all"
     at, labels = _where(pairs, found["where"] or ("all" if each_unit else "each"), text)
+    spot = f"@{found['where']}" if each_unit and len(at) == 1 and labels[0] else ""
+    labels = [""] if spot else labels
     window = int(found["window"] or 1)
     if not 1 <= window <= len(layers):
         raise InterpError(f"{text!r}: a window has 1 to {len(layers)} layers")
     unit_labels = [f"{number}" for number in units] if each_unit else [""]
     both = [(a, u, f"{one}, {two}" if one and two else one or two)
             for a, one in zip(at, labels, strict=True) for u, two in zip(units, unit_labels, strict=True)]  # fmt: skip
-    noun = (
-        {"d_mlp": "neuron", "kv_head": "group"}.get(names[0], names[0])
-        if each_unit
-        else ("position" if any(labels) else "")
-    )
+    noun = "position" if any(labels) else ""
+    if each_unit:
+        noun = {"d_mlp": "neuron", "kv_head": "group", "d_model": "coordinate"}.get(names[0], names[0])
     return Grid(
-        name=text, part=part, layers=layers, window=window, heads=each_unit, noun=noun,
+        name=text, part=part, layers=layers, window=window, heads=each_unit, noun=noun, spot=spot,
         at=tuple(a for a, _, _ in both), units=tuple(u for _, u, _ in both), labels=tuple(label for *_, label in both),
     )  # fmt: skip
 

@@ -145,6 +145,21 @@ def test_every_reader_of_the_embedding_together_is_the_other_run(family: str) ->
     np.testing.assert_allclose(found.moved[:, 0], expected.numpy(), atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_embedding_through_all_to_a_reader_is_plain_patching_of_the_reader(family: str) -> None:
+    """What the reader hears is then what it hears in the other run."""
+    model = tiny_model(family)
+    pairs = random_pairs(model, n=3, length=N_POS)
+    ends = endpoints(model, pairs)
+    plain = sweep(model, ends, make_grids(model, pairs, ["q", "k", "v", "mlp_out@all"]), Intervention.NOISE)
+    for name, grid, layer, index in [
+        ("a1.h3.q", "q", 1, 3), ("a2.g1.k", "k", 2, 1), ("a1.g0.v", "v", 1, 0), ("m1", "mlp_out@all", 1, 0),
+    ]:  # fmt: skip
+        found = path_effects(model, ends, ["embed"], [name], through=["all"])
+        expected = plain.moved[grid]["logit_diff"][:, layer, index]
+        np.testing.assert_allclose(found.moved[:, 0], expected, atol=1e-4, err_msg=name)
+
+
 def test_a_sender_says_nothing_to_what_comes_before_it() -> None:
     model = tiny_model("llama")
     pairs = random_pairs(model, n=2, length=N_POS)

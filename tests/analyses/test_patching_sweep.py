@@ -220,6 +220,21 @@ def test_cells_asked_for_are_measured_and_the_others_are_not() -> None:
     np.testing.assert_allclose(part[:, 1, 2], whole[:, 1, 2], atol=ATOL)
 
 
+def test_cells_are_named_as_a_reader_knows_them() -> None:
+    model = tiny_model("llama")
+    pairs = random_pairs(model, n=2, length=6)
+    for text, layer, index, name in [
+        ("z", 1, 2, "z.1 head 2"),
+        ("k@END", 0, 1, "k.0@END group 1"),
+        ("mlp_out", 2, 5, "mlp_out.2 position 5 END"),
+        ("mlp_out@S2", 2, 0, "mlp_out.2 position S2"),
+        ("attn_out@all~2", 1, 0, "attn_out.1~2"),
+        ("neurons.2@S2#7", 0, 0, "neurons.2@S2 neuron 7"),
+        ("q@each#3", 0, 5, "q.0 head 5 END, 3"),
+    ]:
+        assert make_grid(model, pairs, text).cell(layer, index) == name
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
