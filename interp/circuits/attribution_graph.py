@@ -91,7 +91,7 @@ class AttributionGraphConfig:
     transcoders: str = ""
     """Folder of transcoders (circuit-tracer's or saved ones); empty trains small ones, kept in the cache."""
     layers: tuple[int, ...] = ()
-    """Layers to train small transcoders for; empty takes five, evenly spread from the first to the last."""
+    """Layers to train small transcoders for; empty takes five, evenly spread up to the last."""
     n_steps: int = 300
     """Training steps of each."""
     max_features: int = 4000
@@ -129,7 +129,7 @@ def load(model: LoadedModel, cfg: AttributionGraphConfig) -> AttributionGraphDat
         found = read_replacement(cfg.transcoders)
         frozen = freeze(model, prompt.ids[0])
         return AttributionGraphData(prompt=prompt, transcoders=found, random=random_like(found, frozen, seed=cfg.seed))
-    layers = cfg.layers or tuple(sorted({round(i * (model.n_layers - 1) / 4) for i in range(5)}))
+    layers = cfg.layers or tuple(sorted({round((i + 1) * (model.n_layers - 1) / 5) for i in range(5)}))
     outside = [layer for layer in layers if not 0 <= layer < model.n_layers]
     if outside:
         raise InterpError(f"no layer {outside[0]}: {model.source} has layers 0 to {model.n_layers - 1}")
