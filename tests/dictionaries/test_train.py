@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from interp.core.errors import InterpError
 from interp.core.progress import listening
+from interp.dictionaries import losses
 from interp.dictionaries.activations.topk import TopK
+from interp.dictionaries.activity import observe
 from interp.dictionaries.dictionary import SparseDictionary
 from interp.dictionaries.metrics import evaluate, mean_max_cosine
 from interp.dictionaries.start import geometric_median
@@ -22,7 +25,7 @@ from interp.dictionaries.train import (
     project_decoder_grad,
     train_sae,
 )
-from interp.dictionaries.train_config import learning_rate
+from interp.dictionaries.train_config import k_at, learning_rate
 
 
 def planted(d: int, n_truth: int, n_active: int, batch: int, seed: int):
@@ -206,3 +209,26 @@ def test_the_planted_case_of_the_method_card():
 def test_settings_that_would_fail_in_training_are_refused_before_it(options, message):
     with pytest.raises(InterpError, match=message):
         TrainConfig(**options)
+
+
+def test_k_falls_linearly_from_its_start_and_then_stays():
+    cfg = TrainConfig(d_dict=64, k=4, k_start=24, k_fraction=0.5, n_steps=20)
+    found = [k_at(step, cfg) for step in range(cfg.n_steps)]
+    assert found == [24, 22, 20, 18, 16, 14, 12, 10, 8, 6, *[4] * 10]
+    assert {k_at(step, replace(cfg, k_start=0)) for step in range(cfg.n_steps)} == {4}
+
+
+def test_a_step_is_adam_on_gradients_without_their_part_along_the_rows():
+    """The first step of Adam is the sign of the gradient: where the part along the row was, decides what it is."""
+    cfg = TrainConfig(d_dict=12, k=3, n_steps=10, batch_size=64, lr=0.05, warmup_fraction=0.0)
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    steps = Stepper(initial(x, cfg), cfg)
+    before = steps.sae.like()
+    losses.fvu(observe(before, x)).backward()
+    rows, grad = before.W_dec.detach(), before.W_dec.grad
+    assert grad is not None
+    across = grad - (grad * rows).sum(1, keepdim=True) * rows
+    assert bool((across.sign() != grad.sign()).any()), "nothing would tell the two apart"
+    moved = rows - 0.05 * across / (across.abs() + 1e-8)
+    steps.step(0, x)
+    torch.testing.assert_close(steps.sae.W_dec.detach(), moved / moved.norm(dim=1, keepdim=True))
