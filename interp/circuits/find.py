@@ -111,6 +111,8 @@ def _check(cfg: CircuitConfig) -> None:
 def run(model: LoadedModel, data: CircuitData, cfg: CircuitConfig) -> Result:
     """Find the circuit and try to refute it."""
     _check(cfg)
+    if model.hub.pending:  # circuits are run by hand, where the edits of others do not apply
+        raise InterpError("a capture or an edit of this model is open; find the circuit outside it")
     began, work = time.perf_counter(), _work(model, data, cfg)
     scores = steps.scored(work)
     circuit = choose(scores, cfg.budget, cfg.select).connected()

@@ -35,13 +35,13 @@ class Found:
     own: Measured
     held: Measured | None
     curves: Mapping[str, Tensor]
-    nulls: Mapping[str, Float[Tensor, " draw"]]
+    nulls: Mapping[str, Float[Tensor, " _"]]
     effects: Float[Tensor, "source destination"]
-    tail: Float[Tensor, " edge"]
+    tail: Float[Tensor, " _"]
     complete: Mapping[str, Tensor]
     worth: Mapping[str, float]
     stability: float | None
-    bands: Mapping[str, Float[Tensor, "share draw"]]
+    bands: Mapping[str, Float[Tensor, "share _"]]
     places: Mapping[str, str]
     columns: tuple[str, ...]
     roles: Mapping[str, str]

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from interp.circuits.attribution import node_scores
 from interp.circuits.evaluate import faithfulness
 from interp.circuits.graph import Circuit, EdgeScores, source_of
 from interp.core.errors import InterpError
@@ -79,11 +80,6 @@ def circuit_overlap(a: Circuit, b: Circuit) -> dict[str, Overlap]:
         "heads and MLPs": overlap(nodes_a, nodes_b, len(a.graph.sources) - 1),
         "heads": overlap(heads_a, heads_b, n_heads),
     }
-
-
-def node_scores(scores: EdgeScores) -> Float[Tensor, " source"]:
-    """Importance of each source: the sum over its edges out, which estimates what patching the node does."""
-    return scores.values.sum(1)
 
 
 def top_heads(scores: EdgeScores, rate: float) -> set[str]:
