@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def test_walks_keep_to_the_graph_and_tokens_give_the_states_back(n_states, n_edg
     assert (task.allowed.sum(1) == n_edges).all() and task.n_digits == n_digits
     assert task.chance == pytest.approx(n_edges / n_states)
     walks = task.walks(50, 6, generator=torch_generator(0, "test"))
-    assert all(task.allowed[a, b] for row in walks.tolist() for a, b in zip(row, row[1:], strict=False))
+    assert all(task.allowed[a, b] for row in walks.tolist() for a, b in pairwise(row))
     ids = task.written(walks)
     text = "".join(f"{state:0{n_digits}d}|" for state in walks[0].tolist())
     assert "".join("|" if token == SEPARATOR else str(token) for token in ids[0].tolist()) == text
