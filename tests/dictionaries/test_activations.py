@@ -213,6 +213,10 @@ def test_straight_through_estimates_inside_and_outside_the_window():
 @pytest.mark.parametrize("activation", [ReLU(), JumpReLU(M, threshold=0.2), Gated(M)], ids=lambda a: a.kind)
 def test_unit_rows_leave_the_reconstruction(activation):
     sae, x = made(activation), noise(B, D)
+    if isinstance(sae.activation, Gated):
+        with torch.no_grad():
+            sae.activation.r_mag.copy_(0.3 * noise(M, seed=5))
+            sae.activation.b_mag.copy_(0.3 * noise(M, seed=6))
     unit = sae.unit_rows()
     torch.testing.assert_close(unit.W_dec.norm(dim=1), torch.ones(M, dtype=torch.float64))
     torch.testing.assert_close(unit(x), sae(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interp.kernels.bounds import EXTRA, lower_encoder, upper_bounds
+from interp.kernels.bounds import EXTRA, lower_encoder, rounded_up, upper_bounds
 from interp.kernels.sampled import sampled_eager, sampled_product
 from interp.kernels.topk_encode import preactivations, topk_encode, topk_encode_eager
 from interp.kernels.workspace import Workspace
@@ -73,6 +73,15 @@ def test_bounds_are_upper_bounds_also_where_all_roundings_point_one_way():
     assert (plain < z.float().bfloat16().double()).any()  # without the extra coordinates it would be none
     assert (bounds[:, 300:] < -1e37).all()
     assert lowered.rows.shape[1] >= 64 + EXTRA
+
+
+def test_numbers_that_are_added_to_a_bound_are_never_rounded_down():
+    """Rounding to nearest would take half of them below their value: the bound would be one by luck."""
+    drawn = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    values = drawn * 10.0 ** torch.arange(-20, 20).repeat(250)
+    assert bool((values.bfloat16().float() < values).any())
+    assert bool((rounded_up(values).float() >= values).all())
+    assert bool((rounded_up(values).float() - values <= values.abs() * 2.0**-6).all()), "and not by more than they need"
 
 
 def test_all_of_the_top_in_one_group():
