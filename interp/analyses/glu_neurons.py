@@ -9,7 +9,8 @@ and the best of those that attend to the deciding token are set to zero (`glu_ne
 Paper: J. Lee et al., The geometry of self-verification in a task-specific reasoning model, 2025,
 https://arxiv.org/abs/2504.14379.
 Beware: many neurons are switched off together, so random ones of like contribution stand beside them; a probe finds
-what can be read, not what is used; a head may matter through other neurons than those it is ranked by.
+what can be read, not what is used; a GLU's hidden value can be negative, so neurons along a class may work against it
+(`push` says which they do); a head may matter through other neurons than those it is ranked by.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from interp.analyses.glu_neurons_probe import (
     by_layer,
     choose,
     contributions,
+    hidden,
     probes,
+    pushes,
     switched_off,
 )
-from interp.analyses.glu_neurons_scan import Mlp, mlp_layers, read_mlp, readings, scan
+from interp.analyses.glu_neurons_scan import mlp_layers, read_mlp, readings, scan
 from interp.analyses.heads_ablate import losses_in_text
 from interp.core.errors import InterpError
 from interp.core.manifest import Manifest
@@ -94,16 +97,19 @@ def run(model: LoadedModel, data: GluData, cfg: GluNeuronsConfig) -> Result:
     followed = [probe for probe in found if probe.readable] or found
     mlps = [read_mlp(model, probe.layer) for probe in followed]
     chosen = choose(mlps, followed, cfg.k)
+    values = hidden(model, data.train, mlps)
+    moved = pushes(values, data.train, mlps, followed, chosen)
     heads = score_heads(model, data.train, mlps, chosen, cfg.n_channel)
     top = heads.ranked(cfg.min_attention, views.N_CANDIDATES)[: cfg.n_heads]
-    made = _ablations(model, data, cfg, mlps, chosen, heads, top)
+    made = _ablations(model, data, cfg, contributions(values, mlps), chosen, heads, top)
+    push = sum(float(part.sum()) for part in moved)
     return Result(
-        headline=_headline(neurons, sharpest, found, made, top, accuracy.interval.estimate),
+        headline=_headline(neurons, sharpest, found, made, top, accuracy.interval.estimate) | {"push_neurons": push},
         tables={
             "sharpest": sharpest,
             "geometry": views.geometry_table(neurons),
             "probes": views.probe_table(found),
-            "neurons": views.chosen_table(chosen, neurons),
+            "neurons": views.chosen_table(chosen, moved, neurons),
             "heads": views.head_table(heads, top),
             "ablations": made,
             "bars": views.bars(made),
@@ -115,6 +121,7 @@ def run(model: LoadedModel, data: GluData, cfg: GluNeuronsConfig) -> Result:
         notes=(
             f"neurons of layers {layers[0]} to {layers[-1]} are read; {accuracy}",
             _followed(followed),
+            _pushed(push),
             f"{len(data.train)} prompts to choose on, {len(data.test)} to measure on",
             *data.pairs.notes,
         ),
@@ -126,6 +133,11 @@ def _followed(found: Sequence[Probe]) -> str:
     if not found[0].readable:
         return "the class can be read in no layer at the last token: probes of all layers are followed, and mean little"
     return f"the class can be read at the last token after layers {listed}: neurons are chosen there"
+
+
+def _pushed(push: float) -> str:
+    way = "towards the right class" if push >= 0 else "away from the right class: they work against it where they are"
+    return f"in sum the chosen neurons push the stream by {push:.2f} along the probes, {way}"
 
 
 def _layers(model: LoadedModel, cfg: GluNeuronsConfig) -> list[int]:
@@ -142,15 +154,14 @@ def _layers(model: LoadedModel, cfg: GluNeuronsConfig) -> list[int]:
 
 
 def _ablations(
-    model: LoadedModel, data: GluData, cfg: GluNeuronsConfig, mlps: Sequence[Mlp], chosen: Sequence[Chosen],
-    table: HeadTable, top: Sequence[Head],
+    model: LoadedModel, data: GluData, cfg: GluNeuronsConfig, size: dict[int, torch.Tensor],
+    chosen: Sequence[Chosen], table: HeadTable, top: Sequence[Head],
 ) -> pd.DataFrame:  # fmt: skip
     """Margins on the test prompts, and the loss in text, under every set of neurons and heads."""
     sets: list[tuple[str, int, dict[int, list[int]] | None, list[Head]]] = [(views.NOTHING, 0, None, [])]
     both = by_layer(chosen)
     sets.append((views.NEURONS, 2, both, []))
     sets += [(views.NEURONS, 1, by_layer(chosen, positive), []) for positive in (False, True)]
-    size = contributions(model, data.train, mlps)
     for draw in range(cfg.n_draws):
         generator = torch_generator(cfg.seed, "neurons", draw)
         others: dict[int, list[int]] = {}

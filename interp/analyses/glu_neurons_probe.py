@@ -10,7 +10,7 @@ the last token only. Beside them random neurons of the same layers whose contrib
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,11 +153,35 @@ def alike(
     return torch.tensor(taken)
 
 
-def contributions(model: LoadedModel, given: Prompts, mlps: Sequence[Mlp]) -> dict[int, Float[Tensor, " neuron"]]:
-    """Mean |hidden_j| at the last token times the length of what it writes."""
+def hidden(model: LoadedModel, given: Prompts, mlps: Sequence[Mlp]) -> dict[int, Float[Tensor, "prompt neuron"]]:
+    """Hidden values at the last token, by layer."""
     sites = {mlp.layer: Site(Part.NEURONS, mlp.layer) for mlp in mlps}
     values = at_last(model, given, list(sites.values()))
-    return {mlp.layer: values[sites[mlp.layer]].abs().mean(0) * mlp.values.norm(dim=1) for mlp in mlps}
+    return {layer: values[site] for layer, site in sites.items()}
+
+
+def contributions(
+    values: Mapping[int, Float[Tensor, "prompt neuron"]], mlps: Sequence[Mlp]
+) -> dict[int, Float[Tensor, " neuron"]]:
+    """Mean |hidden_j| times the length of what the neuron writes."""
+    return {mlp.layer: values[mlp.layer].abs().mean(0) * mlp.values.norm(dim=1) for mlp in mlps}
+
+
+def pushes(
+    values: Mapping[int, Float[Tensor, "prompt neuron"]], given: Prompts, mlps: Sequence[Mlp],
+    found: Sequence[Probe], chosen: Sequence[Chosen],
+) -> list[Float[Tensor, " k"]]:  # fmt: skip
+    """How far each chosen neuron moves the stream towards the right class, along the probe, mean over prompts.
+
+    The cosine says which way a neuron writes where its hidden value is positive; a GLU's can be negative.
+    """
+    by_layer = {mlp.layer: (mlp, probe) for mlp, probe in zip(mlps, found, strict=True)}
+    made: list[Tensor] = []
+    for item in chosen:
+        mlp, probe = by_layer[item.layer]
+        signed = (values[item.layer][:, item.neurons] * given.sign[:, None]).mean(0)
+        made.append(signed * (mlp.values[item.neurons] @ probe.direction))
+    return made
 
 
 def switched_off(chosen: dict[int, list[int]], *, at: int | None) -> list[Edit]:

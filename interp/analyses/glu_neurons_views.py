@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
 
 from interp.analyses.glu_neurons_heads import Head, HeadTable
 from interp.analyses.glu_neurons_probe import Chosen, Probe
@@ -67,12 +69,20 @@ def probe_table(found: Sequence[Probe]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def chosen_table(chosen: Sequence[Chosen], neurons: pd.DataFrame) -> pd.DataFrame:
+def chosen_table(
+    chosen: Sequence[Chosen], pushes: Sequence[Float[Tensor, " k"]], neurons: pd.DataFrame
+) -> pd.DataFrame:
     """Every chosen neuron with its cosine to the probe and its geometry."""
     rows = [
-        {"layer": item.layer, "neuron": neuron, "writes": "second" if item.positive else "first", "cosine": cosine}
-        for item in chosen
-        for neuron, cosine in zip(item.neurons.tolist(), item.cosines.tolist(), strict=True)
+        {
+            "layer": item.layer,
+            "neuron": neuron,
+            "writes": "second" if item.positive else "first",
+            "cosine": cosine,
+            "push": push,
+        }
+        for item, moved in zip(chosen, pushes, strict=True)
+        for neuron, cosine, push in zip(item.neurons.tolist(), item.cosines.tolist(), moved.tolist(), strict=True)
     ]
     return pd.DataFrame(rows).merge(neurons.drop(columns="name"), on=["layer", "neuron"], how="left")
 

@@ -17,7 +17,9 @@ from interp.analyses.glu_neurons_probe import (
     at_last,
     by_layer,
     choose,
+    hidden,
     probes,
+    pushes,
     ridge,
     switched_off,
     two_folds,
@@ -276,6 +278,38 @@ def test_candidates_attend_and_rivals_attend_alike() -> None:
     for chosen in rivals(table, [(0, 1)], 10, seed=0):
         assert chosen[0] != (0, 1)
         assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_neurons_that_write_the_class_are_found_and_hold_the_answer(sign: float) -> None:
+    """The last token is the class; neurons of the last layer read it and write the answer (or, negated, against it)."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        embed, u = model.weight("W_E"), model.weight("W_U")
+        embed[100], embed[120] = embed[100] * 4, -embed[100] * 4
+        gap = torch.nn.functional.normalize(u[:, 9] - u[:, 5], dim=0)
+        along = torch.nn.functional.normalize(embed[100], dim=0)
+        for layer in range(3):
+            model.weight("W_down", layer).mul_(0.05)
+            model.weight("W_O", layer).mul_(0.05)
+        for j, side in enumerate((1.0, 1.0, -1.0, -1.0)):
+            model.weight("W_gate", 2)[:, j] = side * along
+            model.weight("W_up", 2)[:, j] = sign * side * along
+            model.weight("W_down", 2)[j] = side * gap * 0.1
+    label = torch.arange(40) % 2 == 0
+    ids = torch.randint(30, 90, (40, 5), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = torch.where(label, 100, 120)
+    given = Prompts(ids=ids, label=label, where=torch.full((40,), 4), answers=(5, 9))
+    mlps = [read_mlp(model, 2)]
+    probe = Probe(layer=2, direction=gap.double(), accuracy=1.0, accuracy_train=1.0, accuracy_shuffled=0.5)
+    chosen = choose(mlps, [probe], 2)
+    assert set(by_layer(chosen)[2]) == {0, 1, 2, 3}
+    moved = pushes(hidden(model, given, mlps), given, mlps, [probe], chosen)
+    base = margins(model, given)
+    with edited(model, switched_off(by_layer(chosen), at=given.last)):
+        drop = (base - margins(model, given)).mean()
+    assert sign * sum(float(part.sum()) for part in moved) > 0
+    assert sign * float(drop) > 0.1
 
 
 # The method -----------------------------------------------------------------------------------------------------------
