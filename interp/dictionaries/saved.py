@@ -10,8 +10,6 @@ ArtefactError. Foreign layouts: `interp.dictionaries.formats`.
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 from interp.core.errors import ArtefactError, InterpError
 from interp.dictionaries.activations.table import rebuild
 from interp.dictionaries.dictionary import SparseDictionary
+from interp.dictionaries.formats.files import empty_or, publish, write_json
 
 DESCRIPTION, WEIGHTS = "dictionary.json", "weights.safetensors"
 VERSION = 1
@@ -86,9 +85,6 @@ def rebuilt(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Spar
 
 def save(saved: SavedDictionary, folder: Path | str) -> Path:
     """Write a dictionary; an older dictionary in that folder is replaced, any other folder is refused."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / DESCRIPTION).is_file())):
-        raise ArtefactError(f"{folder} exists and is not a saved dictionary; choose another folder")
     state = saved.dictionary.state_dict()
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     description = {
@@ -97,20 +93,13 @@ def save(saved: SavedDictionary, folder: Path | str) -> Path:
         "about": dict(saved.about),
         "certificate": None if saved.certificate is None else dict(saved.certificate),
     }
-    draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        draft.mkdir(parents=True)
+
+    def fill(draft: Path) -> None:
+        draft.mkdir()
         save_file(tensors, draft / WEIGHTS)
-        text = json.dumps(description, indent=2, allow_nan=False)
-        (draft / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise ArtefactError(f"could not write {folder}: {error}; free space or choose another folder") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
+        write_json(draft / DESCRIPTION, description)
+
+    return publish(Path(folder), fill, replaces=empty_or(DESCRIPTION))
 
 
 def load(folder: Path | str) -> SavedDictionary:

@@ -62,22 +62,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def publish(target: Path, fill: Callable[[Path], None], *, replaces: Callable[[Path], bool]) -> Path:
     """Let `fill` write a folder or a file under another name, then rename it to `target`.
 
-    What is already there is replaced if `replaces` says that it is an older dictionary, and refused otherwise.
+    What is already there is replaced if `replaces` says that it is an older dictionary, and refused otherwise. It goes
+    only when the new one has its name.
     """
     if (target.exists() or target.is_symlink()) and not replaces(target):
         raise ArtefactError(f"{target} exists and is not a saved dictionary; choose another folder")
-    draft = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    draft, old = (target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}" for _ in range(2))
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
         fill(draft)
         if target.is_dir():
-            shutil.rmtree(target)
-        draft.replace(target)
+            target.rename(old)
+        try:
+            draft.replace(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
     except InterpError:
         raise
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise ArtefactError(f"could not write {target}: {error}; free space or choose another folder") from error
     finally:
+        shutil.rmtree(old, ignore_errors=True)
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         elif draft.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +109,24 @@ def test_writing_again_keeps_the_other_files(tmp_path, making, format):
     assert again.certificate == {"l0": 2.0} and [item.name for item in tmp_path.iterdir()] == [path.name]
     torch.testing.assert_close(again.dictionary(x), ours(x), rtol=1e-5, atol=1e-5)
     assert not path.is_dir() or (path / "proof.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("failure", [OSError("no space"), KeyboardInterrupt()])
+@pytest.mark.parametrize("format", ["interp", "saelens"])
+def test_an_older_dictionary_stays_until_the_new_one_has_its_name(tmp_path, making, monkeypatch, format, failure):
+    first, second = (SavedDictionary(dictionary=making.made("topk", scale=scale)) for scale in (1.0, 2.0))
+    folder = save_dictionary(first, tmp_path / "d", format)
+    x = making.noise(9, making.D)
+    before = load_dictionary(folder).dictionary(x)
+
+    def fails(self: Path, target: Path) -> Path:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fails)
+        with pytest.raises((ArtefactError, KeyboardInterrupt)):
+            save_dictionary(second, folder, format)
+    assert torch.equal(load_dictionary(folder).dictionary(x), before)
+    assert [item.name for item in tmp_path.iterdir()] == ["d"]
+    save_dictionary(second, folder, format)
+    torch.testing.assert_close(load_dictionary(folder).dictionary(x), second.dictionary(x))
