@@ -129,6 +129,7 @@ def run(model: LoadedModel, data: CircuitData, cfg: CircuitConfig) -> Result:
         else None
     )
     curves = steps.curves(work, scores)
+    effects = steps.evidence(work, circuit, scores)
     nulls = {
         kind: steps.null(work, circuit, kind, work.pairs, work.metric, kind, cfg.n_random)
         for kind in ("degree-matched", "random")
@@ -137,7 +138,6 @@ def run(model: LoadedModel, data: CircuitData, cfg: CircuitConfig) -> Result:
         nulls["held-out"] = steps.null(
             work, circuit, "degree-matched", work.held, held_metric, "held-out-null", cfg.n_random
         )
-    effects = steps.evidence(work, circuit, scores)
     places = positions(circuit, scores.per_position) if scores.per_position is not None else {}
     placed, order = columns(work.pairs, places)
     found = views.Found(
