@@ -26,7 +26,6 @@ SiteOfDictionary = Annotated[
 Siblings = Annotated[
     list[Path] | None, typer.Option("--sibling", metavar="PATH", help="The same from another seed; may be repeated.")
 ]
-Format = Annotated[str | None, typer.Option("--format", help="Layout of the files, where it cannot be told.")]
 Tier = Annotated[str, typer.Option("--tier", help="minute, ten-minutes or full.")]
 Corpus = Annotated[str, typer.Option("--corpus", help="Text to score on; `interp capture --help` lists corpora.")]
 Skip = Annotated[
@@ -55,7 +54,7 @@ def evaluate(
     steps: Steps = 0,
     seed: Seed = 0,
     siblings: Siblings = None,
-    format_: Format = None,
+    from_: sae_hints.From = None,
     unchecked: sae_hints.Unchecked = False,
     out: options.Out = None,
     device: options.Device = "cpu",
@@ -71,8 +70,8 @@ def evaluate(
 
     tier_of(tier)
     folder = options.check_out(out or new_folder("sae_eval"))
-    saved = load_dictionary(path, format_)
-    others = [load_dictionary(other, format_).dictionary for other in siblings or ()]
+    saved = load_dictionary(path, from_)
+    others = [load_dictionary(other, from_).dictionary for other in siblings or ()]
     where, whose = _site(saved.about, site), _model(saved.about, model)
     skipped, doubt = unseen(saved.about, corpus, skip_tokens)
     cfg = JudgeConfig(site=where, tier=tier, corpus=corpus, skip_tokens=skipped, n_steps=steps, seed=seed)

@@ -45,7 +45,6 @@ Drop = Annotated[
 ]
 Rows = Annotated[int, typer.Option("--rows-per-forward", min=1, help="Sequences per forward pass.")]
 Seed = Annotated[int, typer.Option("--seed", help="Which latents, which examples, whose null.")]
-Format = Annotated[str | None, typer.Option("--format", help="Layout of the files, where it cannot be told.")]
 Neuronpedia = Annotated[
     Path | None, typer.Option("--neuronpedia", metavar="FOLDER", help="Also write Neuronpedia's batch files there.")
 ]
@@ -68,7 +67,7 @@ def pages(
     rows_per_forward: Rows = 8,
     seed: Seed = 0,
     neuronpedia: Neuronpedia = None,
-    format_: Format = None,
+    from_: sae_hints.From = None,
     unchecked: sae_hints.Unchecked = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
@@ -89,7 +88,7 @@ def pages(
     cfg = PagesConfig(
         latents=wanted(latents), n_ablated=ablated, min_firings=min_firings, drop_norm=drop_norm, seed=seed
     )
-    saved = load_dictionary(path, format_)
+    saved = load_dictionary(path, from_)
     whose, where, target = origin(saved.about, model, site, target_site)
     with console.progress() as progress:
         with progress.step(f"opening {whose}"):
