@@ -173,7 +173,7 @@ def panels(found: Found) -> tuple[Panel, ...]:
         graph_panel(
             f"The circuit for {found.data_name}",
             value_label=f"change of {found.work.metric.name}",
-            x_label="position of most of a node's weight" if found.columns else "",
+            x_label="main position" if found.columns else "",
             reading="Read upwards: an edge is what one part writes and another reads. Its width is how far the metric "
             "moves when the edge alone carries the corrupted run: blue edges speak for the answer, red against it.",
         ),

@@ -53,12 +53,18 @@ def prepare_graph(panel: Panel, result: Result) -> Drawing:
         y=Axis(kind="category", label=visible(panel.y_label), order=tuple(names[height] for height in heights)),
         facets=(),
         value_label=visible(panel.value_label or panel.value or panel.y),
-        limit=max((abs(edge.weight) for edge in edges), default=0.0) or 1.0,
+        limit=_widest(edges),
         left_out=sentence(lost),
         nodes=tuple(nodes),
         edges=tuple(edge for edge in edges if {edge.start, edge.end} <= known),
         spans=tuple(spans),
     )
+
+
+def _widest(edges: list[Edge]) -> float:
+    """The weight that is drawn widest: the largest, but for one in thirty-two, so that a giant leaves others visible."""
+    weights = sorted(abs(edge.weight) for edge in edges)
+    return (weights[-1 - len(weights) // 32] if weights else 0.0) or max(weights, default=0.0) or 1.0
 
 
 def _places(rows: list[Any], height: dict[Any, int]) -> tuple[list[Node], list[tuple[str, float]]]:
