@@ -62,7 +62,7 @@ def prepare_graph(panel: Panel, result: Result) -> Drawing:
 
 
 def _widest(edges: list[Edge]) -> float:
-    """The weight that is drawn widest: the largest, but for one in thirty-two, so that a giant leaves others visible."""
+    """The weight that is drawn widest: the largest but for one in thirty-two, so that a giant leaves others visible."""
     weights = sorted(abs(edge.weight) for edge in edges)
     return (weights[-1 - len(weights) // 32] if weights else 0.0) or max(weights, default=0.0) or 1.0
 
