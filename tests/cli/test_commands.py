@@ -23,8 +23,8 @@ from interp.models import probe
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("audit", "bench", "capture", "circuit", "demo", "doctor", "list", "models", "patch", "plan", "replay", "report",
-            "run", "sae", "sites", "steer", "tasks", "verify")  # fmt: skip
+COMMANDS = ("audit", "bench", "capture", "circuit", "demo", "doctor", "list", "models", "patch", "plan", "replay",
+            "report", "run", "sae", "sites", "steer", "tasks", "verify")  # fmt: skip
 TINY = ("--model", "tiny-llama")
 SMALL = (*TINY, "--n-sequences", "2", "--length", "16", "--n-draws", "1")
 SAE = (*TINY, "--site", "resid_post.1", "--n-sequences", "8", "--n-eval", "2", "--length", "32", "--n-steps", "5",
