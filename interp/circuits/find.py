@@ -114,7 +114,7 @@ def run(model: LoadedModel, data: CircuitData, cfg: CircuitConfig) -> Result:
     if model.hub.pending:  # circuits are run by hand, where the edits of others do not apply
         raise InterpError("a capture or an edit of this model is open; find the circuit outside it")
     began, work = time.perf_counter(), _work(model, data, cfg)
-    scores = steps.scored(work)
+    scores, n_unvisited = steps.scored(work)
     circuit = choose(scores, cfg.budget, cfg.select).connected()
     if circuit.size == 0:
         raise InterpError(
@@ -145,7 +145,7 @@ def run(model: LoadedModel, data: CircuitData, cfg: CircuitConfig) -> Result:
         curves=curves, nulls=nulls, effects=effects, tail=steps.tail(work, circuit),
         complete=steps.completed(work, circuit), worth=steps.minimal(work, circuit),
         stability=steps.stable(work, scores), bands=steps.bands(work, scores),
-        places=placed, columns=order, roles=looks_at(model, work.pairs, places),
+        places=placed, columns=order, roles=looks_at(model, work.pairs, places), n_unvisited=n_unvisited,
     )  # fmt: skip
     return Result(
         headline=views.headline(found, time.perf_counter() - began),

@@ -99,6 +99,8 @@ def notes(found: Found) -> tuple[str, ...]:
         made.append(f"the time was up: effects of {n_there} of {found.circuit.size} edges were measured")
     if not found.worth or not found.complete:
         made.append("the time was up: completeness or minimality was not measured")
+    if found.n_unvisited:
+        made.append(f"the time was up: ACDC left the edges into {found.n_unvisited} destinations as they were")
     if found.work.n_random < 99:
         made.append(f"{found.work.n_random} control circuits cannot give p below {1 / (1 + found.work.n_random):.2g}")
     return tuple(made)

@@ -6,7 +6,7 @@ Each stage is kept, so that a killed run goes on (`stages`), and those that only
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -69,8 +69,9 @@ class Work:
         return None if self.held is None else self.held.metric()
 
 
-def scored(work: Work) -> EdgeScores:
-    """Scores of all edges. ACDC's are the gradient's, with all that it took away below all that it kept."""
+def scored(work: Work) -> tuple[EdgeScores, int]:
+    """Scores of all edges, and how many destinations ACDC had no time for. ACDC's scores are the gradient's; what it
+    took away is ranked below all that it kept."""
     gradient = "eap-ig" if work.method == "acdc" else work.method
     per_position = gradient != "exact"
 
@@ -87,10 +88,10 @@ def scored(work: Work) -> EdgeScores:
         graph=work.graph, values=kept["values"], method=work.method, n_pairs=len(work.pairs), metric=work.metric.name,
         per_pair=kept["per_pair"], per_position=kept.get("per_position"),
     )  # fmt: skip
-    return _pruned(work, scores) if work.method == "acdc" else scores
+    return _pruned(work, scores) if work.method == "acdc" else (scores, 0)
 
 
-def _pruned(work: Work, scores: EdgeScores) -> EdgeScores:
+def _pruned(work: Work, scores: EdgeScores) -> tuple[EdgeScores, int]:
     def make() -> dict[str, Tensor]:
         start = choose(scores, min(work.graph.n_edges, ACDC_START * work.budget), work.select)
         ends = faithfulness(work.model, work.pairs, start, work.metric)
@@ -101,13 +102,8 @@ def _pruned(work: Work, scores: EdgeScores) -> EdgeScores:
         )  # fmt: skip
         return {"edges": found.circuit.edges, "n_left": torch.tensor(found.n_left)}
 
-    kept = work.stages.get("acdc", make)["edges"]
-    most = scores.values.abs().max()
-    values = torch.where(kept, scores.values + 2 * most * scores.values.sign(), scores.values)
-    return EdgeScores(
-        graph=scores.graph, values=values, method="acdc", n_pairs=scores.n_pairs, metric=scores.metric,
-        per_position=scores.per_position,
-    )  # fmt: skip
+    kept = work.stages.get("acdc", make)
+    return replace(scores, per_pair=None, first=kept["edges"]), int(kept["n_left"])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

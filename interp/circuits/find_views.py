@@ -45,6 +45,8 @@ class Found:
     places: Mapping[str, str]
     columns: tuple[str, ...]
     roles: Mapping[str, str]
+    n_unvisited: int
+    """Destinations that ACDC had no time for."""
 
     def p(self, kind: str) -> float | None:
         null = self.nulls.get(kind)

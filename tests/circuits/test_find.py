@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from interp.circuits.find import CircuitConfig, load, run
+from interp.circuits.graph import EdgeScores
 from interp.circuits.places import columns, looks_at, positions
 from interp.circuits.planted import planted_circuit, planted_pairs
 from interp.circuits.saved import circuit_of, saved_circuit
@@ -38,6 +39,27 @@ def test_acdc_drops_what_is_not_needed_though_the_budget_would_allow_it() -> Non
     result = found("induction", method="acdc", budget=8)
     best = result.tables["edges"]["edge"].head(5)
     assert set(best) == set(planted_circuit(planted("induction", 1)))
+
+
+def test_acdc_ranks_edges_and_leaves_their_scores_alone() -> None:
+    """Scores stay on the scale of the effects: else no random edge could count as missed."""
+    by_gradient, by_acdc = (found("induction", method=method, budget=5) for method in ("eap-ig", "acdc"))
+    scores = [result.tensors["scores"].values for result in (by_gradient, by_acdc)]
+    torch.testing.assert_close(scores[1], scores[0])
+    graph = circuit_of(by_acdc).circuit.graph
+    values = torch.zeros(graph.possible.shape)
+    kept = torch.zeros_like(graph.possible)
+    for number, name in enumerate(["embed->logits", "embed->a0.h0.q", "embed->a0.h1.q"]):
+        values[graph.edge(name)] = [-3.0, 1.0, -2.0][number]
+    kept[graph.edge("embed->a0.h0.q")] = kept[graph.edge("embed->a0.h1.q")] = True
+    made = EdgeScores(graph=graph, values=values, method="acdc", n_pairs=1, first=kept)
+    assert [name for name, _ in made.top(3)] == ["embed->a0.h1.q", "embed->a0.h0.q", "embed->logits"]
+    assert [name for name, _ in made.top(2, signed=True)] == ["embed->a0.h1.q", "embed->logits"]
+
+
+def test_acdc_without_the_time_to_finish_says_so() -> None:
+    result = found("induction", method="acdc", budget=5, minutes=1e-4)
+    assert any("ACDC left the edges into" in note for note in result.notes)
 
 
 def test_halves_of_a_gated_mlp_are_told_apart() -> None:
