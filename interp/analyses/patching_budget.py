@@ -96,15 +96,15 @@ def calibrate(
     chosen: Chosen,
     estimates: Mapping[str, Float[np.ndarray, "layer index"]],
     exact: Mapping[str, Float[np.ndarray, "layer index"]],
+    *,
+    sizes: bool = False,
 ) -> Calibration:
-    """Compare the checked cells. Estimates that are sizes are compared with sizes."""
+    """Compare the checked cells. sizes: the estimates have no sign and are compared with sizes."""
     pairs = np.array([(estimates[g][i, j], exact[g][i, j]) for g, i, j in (*chosen.top, *chosen.tail)])
-    if not (pairs[:, 0] < 0).any():
-        pairs = np.abs(pairs)
-    guess, true = pairs.T
-    sizes = np.abs(true)
-    threshold = float(np.median(sizes[: len(chosen.top)]))
-    misses = int((sizes[len(chosen.top) :] >= max(threshold, np.finfo(float).tiny)).sum())
+    guess, true = np.abs(pairs).T if sizes else pairs.T
+    size = np.abs(true)
+    threshold = float(np.median(size[: len(chosen.top)]))
+    misses = int((size[len(chosen.top) :] >= max(threshold, np.finfo(float).tiny)).sum())
     varies = min(guess.std(), true.std()) > 0 and len(guess) > 2
     return Calibration(
         n_top=len(chosen.top),

@@ -14,7 +14,7 @@ from interp.analyses.patching_budget import Calibration, Chosen, calibrate, choo
 from interp.analyses.patching_gradient import Estimates, atp_star, estimates
 from interp.analyses.patching_places import Grid, sites_of
 from interp.analyses.patching_runs import Intervention, Runs, make_runs
-from interp.analyses.patching_scores import Endpoints, Sweep, sweep
+from interp.analyses.patching_scores import Endpoints, Sweep, check_base, sweep
 from interp.analyses.patching_views import Shortcut
 from interp.models.model import LoadedModel
 
@@ -45,6 +45,7 @@ def measure(
     n_last = max(ends.primary.n_last, ends.pairs.metric().n_last)
     for number, how in enumerate(hows):
         runs = make_runs(model, ends.pairs, how, sites_of(grids), seed=seed, n_last=n_last)
+        check_base(ends, runs, how)
         guesses = _guesses(model, ends, grids, runs, first=not number, star=budget > 0)
         chosen: dict[str, Chosen] = {}
         if budget:
@@ -60,7 +61,7 @@ def measure(
             shortcuts.append(Shortcut(method=method, how=how, estimates=scaled))
             if chosen:
                 exact = {grid.name: sweeps[-1].effect(grid.name).mean(0) for grid in grids}
-                calibrations[method, how] = calibrate(chosen[method], scaled, exact)
+                calibrations[method, how] = calibrate(chosen[method], scaled, exact, sizes=method == STAR)
     return Found(sweeps=sweeps, shortcuts=shortcuts, calibrations=calibrations, seconds=seconds)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from interp.analyses.patching_plan import plan_sweep
 from interp.analyses.patching_runs import Intervention, Runs, make_runs
-from interp.analyses.patching_scores import Endpoints, check_gap, wide
+from interp.analyses.patching_scores import Endpoints, check_base, check_gap, wide
 from interp.circuits.nodes import Destination, Source, destination_of, source_of
 from interp.core.errors import InterpError
 from interp.core.progress import track
@@ -95,6 +95,7 @@ def path_effects(
     sites = [site for site in model.sites() if site.part in (Part.Z, Part.MLP_OUT)]
     metric, pairs = ends.primary, ends.pairs
     runs = make_runs(model, pairs, how, sites, seed=seed, n_last=metric.n_last)
+    check_base(ends, runs, how)
     at_base = metric(wide(runs.base.logits[:, -metric.n_last :]), runs.pairs)
     jobs = [(j, row) for j in range(len(froms)) for row in range(len(runs.pairs))]
     n_rows = max(1, plan_sweep(model, pairs.n_pos, metric.n_last).tokens // runs.base.logits.shape[1])

@@ -194,13 +194,24 @@ def _by_pair(values: Tensor, pairs: Tensor, n: int) -> Float[np.ndarray, " pair"
 
 def check_gap(ends: Endpoints) -> None:
     """Refuse a denominator that is nearly nothing."""
-    name = ends.primary.name
     gap = float((ends.values(ends.primary, clean=True) - ends.values(ends.primary, clean=False)).mean())
+    _refuse(ends.primary.name, gap, "clean and corrupted prompts differ", "choose a corruption that changes the answer")
+
+
+def check_base(ends: Endpoints, runs: Runs, how: Intervention) -> None:
+    """The same for noise, whose denominator is not the corrupted prompts'."""
+    if how is not Intervention.GAUSSIAN:
+        return
+    noised = ends.primary(wide(runs.base.logits[:, -ends.primary.n_last :]), runs.pairs).double().cpu().numpy()
+    gap = float((ends.values(ends.primary, clean=True).double().cpu().numpy()[runs.pairs.numpy()] - noised).mean())
+    _refuse(ends.primary.name, gap, "clean and noised prompts differ", "take denoising, or another corruption")
+
+
+def _refuse(name: str, gap: float, what: str, advice: str) -> None:
     least = MIN_GAP.get(name, MIN_GAP_ELSEWHERE)
     if not abs(gap) >= least:
         raise InterpError(
-            f"clean and corrupted prompts differ by {gap:.3g} in mean {name} (at least {least} needed): "
-            "effects cannot be divided by it; choose a corruption that changes the answer"
+            f"{what} by {gap:.3g} in mean {name} (at least {least} needed): effects cannot be divided by it; {advice}"
         )
 
 

@@ -305,7 +305,9 @@ def test_calibration_of_a_perfect_and_of_a_doubled_shortcut() -> None:
         assert found.misses == 0 and 0 < found.missed_at_most < 40
         assert found.largest_error == pytest.approx((factor - 1) * 1.0)
     sizes = {"z": np.abs(exact["z"])}
-    assert calibrate(choose([plain_grid(5, 10)], sizes, 20, seed=0), sizes, exact).pearson == pytest.approx(1)
+    chosen = choose([plain_grid(5, 10)], sizes, 20, seed=0)
+    assert calibrate(chosen, sizes, exact, sizes=True).pearson == pytest.approx(1)
+    assert calibrate(chosen, sizes, exact).pearson < 0.9, "a shortcut with signs must have them right"
 
 
 def test_a_run_with_a_budget_measures_what_it_says_and_no_more() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from interp.analyses import patching_wave
+from interp.analyses.patching_measure import measure
 from interp.analyses.patching_places import Grid, make_grid, make_grids, sites_of
 from interp.analyses.patching_plan import at_most, graph_rows, plan_sweep
 from interp.analyses.patching_runs import Intervention, Runs, make_runs
@@ -142,6 +143,13 @@ def test_noise_restored_equals_one_forward_per_site(monkeypatch: pytest.MonkeyPa
             moved = by_hand(model, repeated.clean.ids, donor, grid, repeated) - base[:, None, None]
             expected = moved.reshape(2, 3, *moved.shape[1:]).mean(1)
             np.testing.assert_allclose(found.moved[grid.name]["logit_diff"], expected, atol=ATOL, err_msg=grid.name)
+
+
+def test_noise_that_changes_nothing_is_no_denominator() -> None:
+    model, pairs, grids, _ = noised()
+    ends = endpoints(model, pairs, UserMetric(name="token 0", function=lambda logits, _: 0 * logits[:, -1, 0]))
+    with pytest.raises(InterpError, match=r"clean and noised prompts differ by 0 .*at least 0.05"):
+        measure(model, ends, grids, [Intervention.GAUSSIAN], 0, 0)
 
 
 def test_noise_is_three_standard_deviations_at_the_tokens_that_differ() -> None:
