@@ -132,6 +132,7 @@ def compare(
         )
     from interp.circuits.reuse import circuit_overlap, compare_scores, rank_correlation
 
+    names = _names(first, second)
     shared = circuit_overlap(a.circuit, b.circuit)
     ranks, rates = rank_correlation(a.scores, b.scores), compare_scores(a.scores, b.scores)
     served: list[dict[str, Any]] = []
@@ -139,7 +140,7 @@ def compare(
         with console.progress() as steps:
             with steps.step(f"opening {a.result.manifest.model.source}"):
                 model = reopen_model(a, device)
-            served = _served(model, {first.name: a, second.name: b})
+            served = _served(model, dict(zip(names, (a, b), strict=True)))
     if as_json:
         rows = {
             name: {**vars(each), "jaccard": each.jaccard, "of_smaller": each.of_smaller}
@@ -153,7 +154,7 @@ def compare(
         (name, each.n_a, each.n_b, each.n_both, f"{each.expected:.1f}", f"{each.jaccard:.3f}", f"{each.p:.2g}")
         for name, each in shared.items()
     ]
-    console.table("Shared", ("", first.name, second.name, "both", "by chance", "Jaccard", "p"), rows)
+    console.table("Shared", ("", *names, "both", "by chance", "Jaccard", "p"), rows)
     console.table(
         f"Top heads by |score| (rank correlation of all parts {ranks:.3f})",
         ("share of heads", "heads", "shared", "by chance", "Jaccard", "p"),
@@ -162,6 +163,14 @@ def compare(
     if served:
         rows = [(row["circuit"], row["task"], f"{row['faithfulness']:.3f}") for row in served]
         console.table("Faithfulness of each circuit on each task", ("circuit", "task", "faithfulness"), rows)
+
+
+def _names(first: Path, second: Path) -> tuple[str, str]:
+    """Names of two runs: of their folders, or the whole paths where these are alike, numbered if it is one run."""
+    for a, b in ((first.name, second.name), (first.as_posix(), second.as_posix())):
+        if a != b and a and b:
+            return a, b
+    return f"{first.as_posix()} (1)", f"{second.as_posix()} (2)"
 
 
 def _served(model: Any, saved: dict[str, SavedCircuit]) -> list[dict[str, Any]]:

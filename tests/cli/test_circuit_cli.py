@@ -69,6 +69,15 @@ def test_compare_counts_what_is_shared(runs: Path, capsys: pytest.CaptureFixture
     assert said(capsys, "circuit", "compare", str(runs / "nine"), str(runs / "six"), "--no-transfer")[0] == 0
 
 
+def test_runs_of_one_name_are_told_apart(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "nine"
+    shutil.copytree(runs / "six", other)
+    found = json.loads(said(capsys, "circuit", "compare", str(runs / "nine"), str(other), "--json")[1])
+    names = {str(runs / "nine"), str(other)}
+    assert {row["task"] for row in found["transfer"]} == names
+    assert len(found["transfer"]) == 8, "two circuits and two controls on two tasks"
+
+
 @pytest.mark.parametrize(("flag", "start"), [("--dot", "digraph"), ("--graphml", "<?xml"), ("--json", "{")])
 def test_show_prints_the_circuit(runs: Path, flag: str, start: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = said(capsys, "circuit", "show", str(runs / "nine"), flag)
