@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -83,7 +83,10 @@ def test_every_value_arrives(method: str, field: str) -> None:
         str: lambda value: value + "x",
         tuple: lambda value: value[:1],
     }
-    choices = get_args(get_type_hints(kind)[field]) if isinstance(before, str) else ()
+    hint = get_type_hints(kind)[field]
+    if get_origin(hint) is tuple and ... not in get_args(hint):  # of fixed length
+        other[tuple] = lambda value: tuple(item + 1 for item in value)
+    choices = get_args(hint) if isinstance(before, str) else ()
     value = next((c for c in choices if c != before), None) or other[type(before)](before)
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     flag = f"--{field.replace('_', '-')}"
