@@ -99,12 +99,17 @@ def _checked(model: Any, saved: SavedCircuit, n_pairs: int, seed: int, n_random:
     config = config_of(saved)
     if seed == config.seed:
         raise InterpError(f"--seed {seed} is that of the run; take another, so that the prompts are new")
+    known = {tuple(row) for row in load(model, config).pairs.clean.ids.tolist()}
     data = load(model, dataclasses.replace(config, n_pairs=n_pairs, seed=seed, min_accuracy=0.0))
     drawn = draw_controls("degree-matched", saved.circuit, n_random, seed)
     rows: list[dict[str, Any]] = []
     for name, pairs in (("same words, new draw", data.pairs), ("other words", data.held)):
         if pairs is None:
             continue
+        new = [i for i, row in enumerate(pairs.clean.ids.tolist()) if tuple(row) not in known]
+        if not new:
+            raise InterpError(f"--seed {seed}: the circuit was found on all of these prompts ({name}); take another")
+        pairs = pairs.take(new)
         f = faithfulness(model, pairs, [saved.circuit, *drawn], pairs.metric()).mean.double().numpy()
         rows.append(
             {"prompts": name, "n_pairs": len(pairs), "accuracy": accuracy(model, pairs).interval.estimate,

@@ -57,6 +57,13 @@ def test_check_draws_new_prompts(runs: Path, capsys: pytest.CaptureFixture[str])
     assert said(capsys, "circuit", "check", str(runs / "nine"), "--n-random", "9")[0] == 2
 
 
+def test_check_leaves_out_prompts_that_the_circuit_was_found_on(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Held-out prompts of a planted model are those of the next seed: here, those of the run itself."""
+    status, _, err = said(capsys, "circuit", "check", str(runs / "nine"), "--seed", "-1", "--n-pairs", "9")
+    assert status == 2
+    assert "was found on all of these prompts" in " ".join(err.split())
+
+
 def test_compare_counts_what_is_shared(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = said(capsys, "circuit", "compare", str(runs / "nine"), str(runs / "six"), "--json")
     found = json.loads(out)
