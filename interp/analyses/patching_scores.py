@@ -51,7 +51,7 @@ class Endpoints:
 
     def metrics(self, how: Intervention) -> dict[str, Metric]:
         """The primary metric first, then the usual ones, KL to the run that is the goal (to the clean run for
-        ablations, which have no goal of their own), and the control."""
+        ablations, which have no goal of their own, and wherever KL is the primary one), and the control."""
         answers = self.pairs.answers
         toward = self.corrupt if how is Intervention.NOISE else self.clean
         found: list[Metric] = [

@@ -184,7 +184,7 @@ def _fitted(model: Any, data: Any, made: Any, seconds: float) -> Any:
 
 
 def _rows(result: Any, n: int) -> list[dict[str, Any]]:
-    """The largest effects by the metric that sites are ranked by, the first direction's first."""
+    """The largest effects, of all directions together, by the metric that sites are ranked by."""
     table = result.tables["effects"]
     chosen = table.loc[table["metric"] == table["metric"].iloc[0]]
     order = chosen["effect"].abs().sort_values(ascending=False, kind="stable").index[:n]
