@@ -94,15 +94,16 @@ def test_show_prints_the_circuit(runs: Path, flag: str, start: str, capsys: pyte
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     words = [*FIND, "--n-random", "99", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(find_steps, "exact_effects", killed)
+        patch.setattr(find_steps, "completeness", killed)
         assert main(words) == 130
     kept = {path.name for path in (tmp_path / "run.partial").iterdir()}
-    assert {"scores.safetensors", "curve.safetensors", "degree-matched-96.safetensors"} <= kept
+    names = ("scores", "curve", "evidence-0", "degree-matched-96", "held-out-null-96")
+    assert {f"{name}.safetensors" for name in names} <= kept
     with monkeypatch.context() as patch:
         patch.setattr(find_steps, "edge_scores", killed)
         assert main(words) == 0, "the scores were kept"
