@@ -73,8 +73,8 @@ class GluNeuronsConfig:
     """Mean attention to the deciding token from which a head is a candidate."""
     n_heads: int = 3
     """Heads set to zero, one more at a time."""
-    n_draws: int = 5
-    """Random sets of neurons, and of heads."""
+    n_draws: int = 19
+    """Random sets of neurons, and of heads; beating all of 19 is a test at 5 %."""
     min_accuracy: float = 0.75
     """Share of prompts the model must get right; below it the run is refused."""
     seed: int = 0

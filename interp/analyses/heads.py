@@ -51,8 +51,8 @@ class HeadsConfig:
     """Score from which a head is called one of a kind."""
     sizes: tuple[int, ...] = (1, 3, 5)
     """How many of the top heads are switched off together."""
-    n_draws: int = 8
-    """Random sets of as many heads, for each size."""
+    n_draws: int = 19
+    """Random sets of as many heads, for each size; beating all of 19 is a test at 5 %."""
     n_tokens: int = 2000
     """Tokens over which the copying score is taken."""
     corpus: str = "docs:assignment"
